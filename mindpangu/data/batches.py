@@ -1,0 +1,250 @@
+"""Batches: tokenized samples, packed into rows, as a resumable stream of fixed-shape arrays; NumPy only."""
+
+# N samples, R rows, A micro-batches per step, T tokens per micro-batch (its rows, one after the other),
+# C cumulative lengths per micro-batch, S target slots per micro-batch
+from typing import NamedTuple
+
+import numpy as np
+
+from mindpangu.data.pack import pack_best_fit
+
+
+class Samples(NamedTuple):
+    """The ragged arrays of a whole data set: sample n holds tokens[offsets[n]:offsets[n + 1]]."""
+
+    tokens: np.ndarray  # int32 [sum of lengths]
+    offsets: np.ndarray  # int64 [N + 1]
+    is_target: np.ndarray  # bool [sum of lengths]: this token is predicted with loss; never the first of a sample
+    extras: dict  # name -> [num_targets, ...]: one row per target, in the order of the targets
+
+
+class Batch(NamedTuple):
+    """One optimizer step. Documents are the samples of a row plus, last in the row, its padding."""
+
+    tokens_AT: np.ndarray  # int32
+    positions_AT: np.ndarray  # int32, restart at 0 in every document
+    cu_seqlens_AC: np.ndarray  # int64, cumulative document ends: 0, ..., T, then T repeated
+    target_index_AS: np.ndarray  # int32, index into T of the position that predicts the target (the one before it)
+    labels_AS: np.ndarray  # int32, the target's token id
+    loss_weights_AS: np.ndarray  # float32, 1 for a target, 0 for an unused slot (index 0, label 0)
+    extras: tuple  # one [A, S, ...] array per extra, in sorted name order, zeros in unused slots
+
+    def arrays(self):
+        """The flat positional tuple of arrays: compiled functions compile again for every NamedTuple argument."""
+        return (*self[:-1], *self.extras)
+
+
+def tokenized_to_samples(tokenized, extras=None):
+    """Joins a list of (tokens_T, is_target_T) pairs; extras: name -> [num_targets, ...] over the whole list."""
+    lengths = np.array([len(tokens_T) for tokens_T, _ in tokenized], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens_T for tokens_T, _ in tokenized)]).astype(np.int32)
+    is_target = np.concatenate([np.zeros(0, bool), *(is_target_T for _, is_target_T in tokenized)]).astype(bool)
+    return Samples(tokens, offsets, is_target, dict(extras or {}))
+
+
+def documents_to_samples(documents, seq_len):
+    """Plain documents for pre-training: every token but the first of each document is a target.
+
+    documents: list of token id arrays. Documents longer than seq_len are cut into pieces of seq_len tokens, as is
+    standard for pre-training; each piece is a document of its own, so the first token of a piece is not a target.
+    Pieces of a single token predict nothing and are left out.
+    """
+    pieces = []
+    for document in documents:
+        tokens_T = np.asarray(document, dtype=np.int32)
+        pieces += [tokens_T[start : start + seq_len] for start in range(0, len(tokens_T) - 1, seq_len)]
+    return tokenized_to_samples([(piece, np.arange(len(piece)) > 0) for piece in pieces])
+
+
+class PackedBatches:
+    """An endless iterator of Batch over epochs; its place is three integers.
+
+    samples: Samples. seq_len: tokens per row. rows_per_step: rows per optimizer step, a multiple of micro_batch_rows
+    (rows per micro-batch). pad_id fills the end of a row. seed: the rows of epoch e are shuffled by (seed, e).
+    on_long: samples over seq_len are dropped and counted ("drop") or refused ("raise"); never cut.
+    max_documents: documents per micro-batch that C has room for; default: as many as this data set needs at most.
+    Setting it keeps the shapes, and so the compiled step, across data sets.
+
+    An epoch whose last step is incomplete fills it with the first rows of the next epoch's order, and the next epoch
+    goes on behind them: over E epochs' worth of rows every row is seen E times.
+    Raises ValueError for settings or data that cannot be trained on, naming the samples.
+    """
+
+    def __init__(
+        self, samples, *, seq_len, rows_per_step, micro_batch_rows, pad_id, seed, on_long="drop", max_documents=None
+    ):
+        if min(seq_len, rows_per_step, micro_batch_rows) < 1 or rows_per_step % micro_batch_rows:
+            raise ValueError(
+                f"seq_len={seq_len}, rows_per_step={rows_per_step}, micro_batch_rows={micro_batch_rows}: all have to "
+                "be positive and rows_per_step a multiple of micro_batch_rows; change one of the two."
+            )
+        if on_long not in ("drop", "raise"):
+            raise ValueError(f"on_long={on_long!r}: expected 'drop' or 'raise'.")
+        self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
+        self.pad_id, self.seed, self._samples = pad_id, seed, samples
+        targets_before = _check_samples(samples)  # [N + 1]
+
+        lengths_N = np.diff(samples.offsets)
+        kept = np.flatnonzero(lengths_N <= seq_len)
+        self.num_samples, self.num_dropped = kept.size, lengths_N.size - kept.size
+        if not kept.size or (self.num_dropped and on_long == "raise"):
+            raise ValueError(
+                f"data.seq_len={seq_len}: {self.num_dropped} of {lengths_N.size} samples are longer, the longest "
+                f"sample has {lengths_N.max()} tokens; raise data.seq_len or shorten the samples."
+            )
+        order_N, self._row_starts = pack_best_fit(lengths_N[kept], seq_len)
+        order_N = kept[order_N]
+        # Per sample in packed order: where its tokens and its targets start, and how many there are.
+        self._token_starts, self._lengths = samples.offsets[order_N], lengths_N[order_N]
+        self._target_starts = targets_before[order_N]
+        self._num_targets = targets_before[order_N + 1] - self._target_starts
+
+        first = self._row_starts[:-1]
+        row_tokens, row_targets = np.add.reduceat(self._lengths, first), np.add.reduceat(self._num_targets, first)
+        row_documents = np.diff(self._row_starts) + (row_tokens < seq_len)
+        if not row_targets.all():
+            bare = np.flatnonzero(row_targets == 0)
+            row = bare[0]
+            raise ValueError(
+                f"{bare.size} of {first.size} rows have no supervised token; the first holds the samples "
+                f"{_listed(order_N[self._row_starts[row] : self._row_starts[row + 1]])}: expected at least one target "
+                "per row; remove samples without an answer."
+            )
+        self.num_rows = first.size
+        self.num_targets = int(row_targets.sum())
+        self.fill = float(row_tokens.sum() / (self.num_rows * seq_len))
+        self.steps_per_epoch = -(-self.num_rows // rows_per_step)
+        num_documents = self._largest_sum(row_documents)
+        if max_documents is not None and num_documents > max_documents:
+            raise ValueError(
+                f"max_documents={max_documents}: a micro-batch of this data set has up to {num_documents} documents; "
+                "raise max_documents or lower micro_batch_rows."
+            )
+        self.C = 1 + (num_documents if max_documents is None else max_documents)
+        self.S = -(-self._largest_sum(row_targets) // 8) * 8
+        self._extras = tuple(samples.extras[name] for name in sorted(samples.extras))
+        self._epoch = self._row = self._step = 0
+        self._order = self._order_of(0)
+
+    def _largest_sum(self, per_row):
+        # Where epochs do not end with a micro-batch, one micro-batch holds rows of two epochs (more if the data set
+        # is smaller than a micro-batch) and can hold the same row again.
+        rows = self.micro_batch_rows
+        repeats = 1 if self.num_rows % rows == 0 else 1 + -(-rows // self.num_rows)
+        return int(np.sort(np.repeat(per_row, repeats))[-rows:].sum())
+
+    def _order_of(self, epoch):
+        seeds = np.random.SeedSequence([self.seed, epoch])
+        return np.random.Generator(np.random.Philox(seeds)).permutation(self.num_rows)
+
+    def state_dict(self):
+        """The place in the stream: current epoch, rows of it already delivered, steps delivered since the start."""
+        return {"epoch": self._epoch, "row": self._row, "step": self._step}
+
+    def load_state_dict(self, state):
+        """Goes to the place. Raises ValueError if the state cannot come from this data set with these settings."""
+        epoch, row, step = (int(state[name]) for name in ("epoch", "row", "step"))
+        if not 0 <= row < self.num_rows or epoch * self.num_rows + row != step * self.rows_per_step:
+            raise ValueError(
+                f"data position epoch={epoch} row={row} step={step} does not fit {self.num_rows} rows and "
+                f"{self.rows_per_step} rows per step: resume with the data set, data.seq_len and batch size of the "
+                "interrupted run, or start a new run."
+            )
+        self._epoch, self._row, self._step = epoch, row, step
+        self._order = self._order_of(epoch)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows = []
+        while len(rows) < self.rows_per_step:
+            chosen = self._order[self._row : self._row + self.rows_per_step - len(rows)]
+            rows.extend(chosen.tolist())
+            self._row += chosen.size
+            if self._row == self.num_rows:
+                self._epoch, self._row = self._epoch + 1, 0
+                self._order = self._order_of(self._epoch)
+        self._step += 1
+        return self._assemble(np.array(rows).reshape(-1, self.micro_batch_rows))
+
+    def _assemble(self, rows_AR):
+        num_micro = rows_AR.shape[0]
+        num_tokens = self.micro_batch_rows * self.seq_len
+        batch = Batch(
+            tokens_AT=np.full((num_micro, num_tokens), self.pad_id, np.int32),
+            positions_AT=np.empty((num_micro, num_tokens), np.int32),
+            cu_seqlens_AC=np.full((num_micro, self.C), num_tokens, np.int64),
+            target_index_AS=np.zeros((num_micro, self.S), np.int32),
+            labels_AS=np.zeros((num_micro, self.S), np.int32),
+            loss_weights_AS=np.zeros((num_micro, self.S), np.float32),
+            extras=tuple(np.zeros((num_micro, self.S, *extra.shape[1:]), extra.dtype) for extra in self._extras),
+        )
+        for micro, rows in enumerate(rows_AR):
+            first, num_documents = self._row_starts[rows], self._row_starts[rows + 1] - self._row_starts[rows]
+            members = _ranges(first, num_documents)  # samples in packed order, row after row
+            lengths = self._lengths[members]
+            row_of_member = np.repeat(np.arange(rows.size), num_documents)
+            # Start of each sample within the micro-batch: its row's start plus what stands before it in the row.
+            before = np.cumsum(lengths) - lengths
+            before_row = before[np.cumsum(num_documents) - num_documents]
+            starts = row_of_member * self.seq_len + before - before_row[row_of_member]
+            row_ends = np.arange(1, rows.size + 1) * self.seq_len
+
+            # Document ends: every sample's end and every row's end; where a row is full the two are the same.
+            ends = np.unique(np.concatenate([starts + lengths, row_ends]))
+            batch.cu_seqlens_AC[micro, 0] = 0
+            batch.cu_seqlens_AC[micro, 1 : 1 + ends.size] = ends
+            document_lengths = np.diff(ends, prepend=0)
+            batch.positions_AT[micro] = _ranges(np.zeros_like(ends), document_lengths)
+
+            source = _ranges(self._token_starts[members], lengths)
+            place = _ranges(starts, lengths)
+            tokens = self._samples.tokens[source]
+            batch.tokens_AT[micro, place] = tokens
+            is_target = self._samples.is_target[source]
+            num_targets = int(is_target.sum())
+            batch.target_index_AS[micro, :num_targets] = place[is_target] - 1
+            batch.labels_AS[micro, :num_targets] = tokens[is_target]
+            batch.loss_weights_AS[micro, :num_targets] = 1.0
+            if self._extras:
+                targets = _ranges(self._target_starts[members], self._num_targets[members])
+                for extra, padded in zip(self._extras, batch.extras, strict=True):
+                    padded[micro, :num_targets] = extra[targets]
+        return batch
+
+
+def _ranges(starts, lengths):
+    """The ranges starts[i] .. starts[i] + lengths[i] - 1, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+
+
+def _check_samples(samples):
+    """Returns the number of targets before each sample, [N + 1]; raises ValueError for samples that cannot be used."""
+    lengths_N = np.diff(samples.offsets)
+    if not lengths_N.size:
+        raise ValueError("the data set is empty: expected at least one sample; check data.files and what was skipped.")
+    assert samples.offsets[0] == 0 and samples.offsets[-1] == len(samples.tokens) == len(samples.is_target)
+    if (lengths_N < 1).any():
+        raise ValueError(f"samples {_listed(np.flatnonzero(lengths_N < 1))} have no tokens: remove them.")
+    at_start = np.flatnonzero(samples.is_target[samples.offsets[:-1]])
+    if at_start.size:
+        raise ValueError(
+            f"samples {_listed(at_start)} have their first token as a target, which nothing in the sample predicts: "
+            "expected is_target[0] == False."
+        )
+    num_targets_N = np.add.reduceat(samples.is_target, samples.offsets[:-1], dtype=np.int64)
+    targets_before = np.concatenate([[0], np.cumsum(num_targets_N)])
+    for name, extra in samples.extras.items():
+        if len(extra) != targets_before[-1]:
+            raise ValueError(
+                f"extra {name!r} has {len(extra)} rows, the data set has {targets_before[-1]} targets: expected one "
+                "row per target, in order."
+            )
+    return targets_before
+
+
+def _listed(numbers):
+    return ", ".join(map(str, numbers[:8].tolist())) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

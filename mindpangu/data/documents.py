@@ -1,0 +1,215 @@
+"""Readers: files of chats, of problems in GSM8K form, of plain documents -> Example or str.
+
+The files are small enough to hold in memory (post-training data); each reader returns a list.
+"""
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+ROLES = ("system", "user", "assistant", "tool", "function")
+# One equation of a GSM8K rationale, as in "48/2 = <<48/2=24>>24". No annotation of the data set nests another.
+ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
+# The final answer of a GSM8K problem once commas and a dollar sign are gone.
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+
+class Message(NamedTuple):
+    """One turn. role: one of ROLES; thoughts: the chain of thought, on an assistant's turn only."""
+
+    role: str
+    content: str
+    thoughts: str | None = None
+
+
+class Example(NamedTuple):
+    """One conversation. value: the verifiable final answer where there is one, e.g. "72"."""
+
+    messages: tuple[Message, ...]
+    value: str | None = None
+
+
+def read_chats(paths, on_error="raise"):
+    """Read JSONL lines {"messages": [{"role", "content"[, "reasoning_content"]}, ...][, "value": "..."]}.
+
+    Other keys are ignored; an empty or null reasoning_content means no thoughts. The last message is the assistant's,
+    a system message can only be the first.
+    Returns (examples, errors); errors is empty unless on_error="skip", which collects what "raise" would raise.
+    Raises ValueError "file:line: reason: what was expected" for a malformed line, and for an empty file in both modes.
+    """
+    return _read_lines(paths, _parse_chat, on_error)
+
+
+def read_gsm8k(paths, dress, on_error="raise"):
+    """Read JSONL lines {"question", "answer"}, the answer a rationale with <<48/2=24>> annotations, then "#### n".
+
+    thoughts: the rationale without annotations. answer: the annotated equations, one a line, then "#### n".
+    dress: see dress_example. Returns and errors as read_chats. Source: Cobbe et al. 2021, arXiv:2110.14168, appendix C.
+    """
+    check_dress(dress)
+    return _read_lines(paths, lambda fields: _parse_gsm8k(fields, dress), on_error)
+
+
+def read_documents(paths, on_error="raise"):
+    """Read JSONL lines {"text"}, or a .txt file as one document. Returns (texts, errors) as read_chats."""
+    return _read_lines(paths, lambda fields: _text_field(fields, "text"), on_error)
+
+
+def check_dress(dress):
+    if dress not in ("reasoning", "fast", "result"):
+        raise ValueError(f"dress={dress!r} is unknown: choose 'reasoning', 'fast' or 'result'.")
+
+
+def dress_example(question, thoughts, answer, value, dress):
+    """Put a verifiable problem into a chat.
+
+    dress "reasoning": the chain of thought, then the answer; "fast": the answer alone;
+    "result": the line "#### n" alone. Raises ValueError for any other.
+    """
+    check_dress(dress)
+    if dress == "result":
+        reply = Message("assistant", f"#### {value}")
+    else:
+        reply = Message("assistant", answer, thoughts or None if dress == "reasoning" else None)
+    return Example((Message("user", question), reply), value)
+
+
+def _parse_chat(fields):
+    messages = fields.get("messages")
+    if "messages" not in fields:
+        raise ValueError("missing key 'messages': expected a list of {\"role\", \"content\"}")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages={_shown(messages)}: expected a non-empty list of {{\"role\", \"content\"}}")
+    parsed = tuple(_parse_message(message, position) for position, message in enumerate(messages))
+    if parsed[-1].role != "assistant":
+        raise ValueError(f"the last message has role {parsed[-1].role!r}: expected 'assistant', the answer to learn")
+    value = fields.get("value")
+    if value is not None:
+        value = _text_field(fields, "value")
+    return Example(parsed, value)
+
+
+def _parse_message(fields, position):
+    where = f"messages[{position}]"
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}={_shown(fields)}: expected an object with role and content")
+    role = _text_field(fields, "role", where)
+    if role not in ROLES:
+        raise ValueError(f"{where}.role={role!r} is unknown: expected one of {', '.join(ROLES)}")
+    if role == "system" and position > 0:
+        raise ValueError(f"{where}.role='system': expected a system message only at the start")
+    # Only what the model has to write must be there: an empty system or user turn is legal in the chat template.
+    content = _text_field(fields, "content", where, empty=role != "assistant")
+    thoughts = None
+    if fields.get("reasoning_content") not in (None, ""):
+        if role != "assistant":
+            raise ValueError(f"{where}.reasoning_content on role {role!r}: expected it on 'assistant' only")
+        thoughts = _text_field(fields, "reasoning_content", where)
+    return Message(role, content, thoughts)
+
+
+def _parse_gsm8k(fields, dress):
+    question = _text_field(fields, "question")
+    rationale, mark, final = _text_field(fields, "answer").rpartition("####")
+    if not mark:
+        raise ValueError("answer without '####': expected a rationale, then '#### n' with the final number")
+    value = final.strip().replace(",", "").removeprefix("$")
+    if not NUMBER.fullmatch(value):
+        raise ValueError(f"final answer {_shown(final.strip())}: expected a number after '####'")
+    equations = [equation.replace(" ", "") for equation in ANNOTATION.findall(rationale)]
+    answer = "\n".join([*equations, f"#### {value}"])
+    return dress_example(question, ANNOTATION.sub("", rationale).strip(), answer, value, dress)
+
+
+def _text_field(fields, key, where="", empty=False):
+    name = f"{where}.{key}" if where else key
+    if key not in fields:
+        raise ValueError(f"missing key {name!r}: expected a string")
+    text = fields[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{name}={_shown(text)}: expected a string")
+    if not empty and not text.strip():
+        raise ValueError(f"{name} is empty: expected some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, "\ud83d", which no tokenizer can encode
+        raise ValueError(f"{name} holds half of a surrogate pair: expected valid Unicode") from None
+    return text
+
+
+def _shown(value):
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _read_lines(paths, parse, on_error):
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    records, errors = [], []
+    for path in map(Path, paths):
+        data = _read_bytes(path)
+        if not data.strip():
+            raise ValueError(f"{path}: the file is empty: expected at least one record.")
+        one_document = path.suffix == ".txt"
+        for line_number, line in enumerate([data] if one_document else data.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                records.append(parse({"text": _decode(line)} if one_document else _parse_object(_decode(line))))
+            except ValueError as error:
+                message = f"{path}:{line_number}: {error}"
+                if on_error == "raise":
+                    raise ValueError(message) from None
+                errors.append(message)
+    return records, errors
+
+
+def _decode(line):
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}: expected UTF-8 text") from None
+
+
+def _parse_object(line):
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise ValueError(f"not JSON ({reason}): expected one JSON object a line") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON {type(fields).__name__}, not an object: expected one JSON object a line")
+    return fields
+
+
+def _read_bytes(path):
+    name = path.name
+    if not name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")):
+        raise ValueError(f"{path}: unknown kind of file: expected .jsonl, .jsonl.gz, .jsonl.zst or .txt.")
+    data = path.read_bytes()
+    try:
+        if name.endswith(".gz"):
+            return gzip.decompress(data)
+        if name.endswith(".zst"):
+            return _decompress_zstandard(data)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}: cannot be decompressed ({error}): fetch or write the file again.") from None
+    return data
+
+
+def _decompress_zstandard(data):
+    # zstandard's stream reader ends in silence where a file was cut off; a decompression object knows whether it
+    # reached the end of its frame. A file may hold several frames.
+    parts = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("the last frame is cut off")
+        data = frame.unused_data
+    return b"".join(parts)

@@ -1,0 +1,156 @@
+"""The openPangu Embedded decoder, whole: a pre-norm Llama block with biases on q, k, v, o and a tied output projection.
+
+    h += Attention(RMSNorm(h));  h += MLP(RMSNorm(h));  final RMSNorm;  logits = h @ embedding^T
+
+T tokens, B sequences, D hidden, N query heads, M key/value heads, H head size, F feed-forward, V vocabulary,
+C padded document count + 1, S cache length. Source: openPangu Embedded-1B technical report, section 2 and table 1.
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ..ops.attention import attention, cached_attention
+from ..ops.rms_norm import rms_norm
+from ..ops.rope import inverse_frequencies, rope, rope_tables
+from ..ops.swiglu import swiglu
+
+DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
+
+
+def _parameter(name, array):
+    return Parameter(Tensor(array), name=name)
+
+
+class Linear(nn.Cell):
+    """x [T, in] @ weight^T [in, out] + bias, in x's dtype; the float32 master weight is cast on the fly."""
+
+    def __init__(self, name, weight, bias=None):
+        super().__init__()
+        self.weight = _parameter(f"{name}.weight", weight)
+        self.bias = None if bias is None else _parameter(f"{name}.bias", bias)
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x):
+        y = self.matmul(x, ops.cast(self.weight, x.dtype))
+        if self.bias is not None:
+            y = y + ops.cast(self.bias, x.dtype)
+        return y
+
+
+class Layer(nn.Cell):
+    """One decoder layer. q, k, v share a projection, and so do gate and up."""
+
+    def __init__(self, config, index, init):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.eps = config.rms_norm_eps
+        hidden, q_size, kv_size = config.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        name = f"layers.{index}"
+        self.input_norm = _parameter(f"{name}.input_norm.weight", np.ones(hidden, np.float32))
+        self.qkv_proj = Linear(f"{name}.qkv_proj", init(q_size + 2 * kv_size, hidden),
+                               np.zeros(q_size + 2 * kv_size, np.float32))
+        self.o_proj = Linear(f"{name}.o_proj", init(hidden, q_size), np.zeros(hidden, np.float32))
+        self.post_attention_norm = _parameter(f"{name}.post_attention_norm.weight", np.ones(hidden, np.float32))
+        self.gate_up_proj = Linear(f"{name}.gate_up_proj", init(2 * config.intermediate_size, hidden))
+        self.down_proj = Linear(f"{name}.down_proj", init(hidden, config.intermediate_size))
+
+    def project_qkv(self, h_TD, cos, sin):
+        """Rotated q [T, N, H] and k [T, M, H], and v [T, M, H]."""
+        x = rms_norm(h_TD, ops.cast(self.input_norm, h_TD.dtype), self.eps)
+        heads = self.qkv_proj(x).reshape(h_TD.shape[0], -1, self.head_dim)
+        first_v = self.num_heads + self.num_kv_heads
+        rotated = rope(heads[:, :first_v], cos, sin)
+        return rotated[:, :self.num_heads], rotated[:, self.num_heads:], heads[:, first_v:]
+
+    def finish(self, h_TD, attended_TNH):
+        """The rest of the layer after attention."""
+        h = h_TD + self.o_proj(attended_TNH.reshape(h_TD.shape[0], -1))
+        x = rms_norm(h, ops.cast(self.post_attention_norm, h.dtype), self.eps)
+        return h + self.down_proj(swiglu(self.gate_up_proj(x)))
+
+    def construct(self, h_TD, cos, sin, cu_seqlens_C, row_len):
+        """Packed rows. Returns h_TD and this layer's k and v [T, M, H]."""
+        q, k, v = self.project_qkv(h_TD, cos, sin)
+        return self.finish(h_TD, attention(q, k, v, cu_seqlens_C, row_len)), k, v
+
+    def decode(self, h_BD, cos, sin, k_cache, v_cache, positions_B):
+        """One new token per sequence; the caches are Parameters [B * M, S, H], written in place at positions_B."""
+        q, k, v = self.project_qkv(h_BD, cos, sin)
+        batch = h_BD.shape[0]
+        slots = ops.arange(batch * self.num_kv_heads)
+        position = ops.broadcast_to(ops.expand_dims(ops.cast(positions_B, slots.dtype), 1), (batch, self.num_kv_heads))
+        index = ops.stack((slots, position.reshape(-1)), -1)
+        k_cache = ops.scatter_nd_update(k_cache, index, k.reshape(-1, self.head_dim))
+        v_cache = ops.scatter_nd_update(v_cache, index, v.reshape(-1, self.head_dim))
+        return self.finish(h_BD, cached_attention(q, k_cache, v_cache, positions_B))
+
+
+class Pangu(nn.Cell):
+    """The decoder up to the final norm; the output projection belongs to the loss or the sampler (see `logits`).
+
+    config: mindpangu.config.ModelConfig; seed: of the initial weights (normal, config.init_std; biases 0, norms 1);
+    dtype: of the activations, weights stay float32; zero_weights skips the random numbers when weights are loaded next.
+    """
+
+    def __init__(self, config, seed=0, dtype=ms.float32, zero_weights=False):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.eps = config.rms_norm_eps
+        random = np.random.Generator(np.random.Philox(seed))
+
+        def init(rows, columns):
+            if zero_weights:
+                return np.zeros((rows, columns), np.float32)
+            weight = random.standard_normal((rows, columns), dtype=np.float32)
+            return np.multiply(weight, np.float32(config.init_std), out=weight)
+
+        self.embedding = _parameter("embedding.weight", init(config.vocab_size, config.hidden_size))
+        self.layers = nn.CellList([Layer(config, i, init) for i in range(config.num_layers)])
+        self.norm = _parameter("norm.weight", np.ones(config.hidden_size, np.float32))
+        self.lm_head = (None if config.tie_embedding else
+                        _parameter("lm_head.weight", init(config.vocab_size, config.hidden_size)))
+        self.inverse_frequencies = Tensor(inverse_frequencies(config.head_dim, config.rope_theta))
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def head_weight(self):
+        """The output projection [V, D], in the activations' dtype."""
+        weight = self.embedding if self.lm_head is None else self.lm_head
+        return ops.cast(weight, self.dtype)
+
+    def embed(self, tokens_T):
+        return ops.cast(ops.gather(self.embedding, tokens_T, 0), self.dtype)
+
+    def final_norm(self, h_TD):
+        return rms_norm(h_TD, ops.cast(self.norm, self.dtype), self.eps)
+
+    def construct(self, tokens_T, positions_T, cu_seqlens_C, row_len):
+        """Hidden states [T, D] of packed rows after the final norm.
+
+        tokens_T, positions_T int32; cu_seqlens_C int64 and row_len as in ops.attention.
+        """
+        hidden, _, _ = self.prefill(tokens_T, positions_T, cu_seqlens_C, row_len)
+        return hidden
+
+    def prefill(self, tokens_T, positions_T, cu_seqlens_C, row_len):
+        """As construct, and every layer's keys and values: hidden_TD, tuple of k_TMH, tuple of v_TMH."""
+        cos, sin = rope_tables(positions_T, self.inverse_frequencies, self.dtype)
+        h = self.embed(tokens_T)
+        keys, values = (), ()
+        for layer in self.layers:
+            h, k, v = layer(h, cos, sin, cu_seqlens_C, row_len)
+            keys = keys + (k,)
+            values = values + (v,)
+        return self.final_norm(h), keys, values
+
+    def decode(self, tokens_B, positions_B, k_caches, v_caches):
+        """Logits [B, V] of one more token per sequence; the caches (a Parameter [B * M, S, H] a layer) are written."""
+        cos, sin = rope_tables(positions_B, self.inverse_frequencies, self.dtype)
+        h = self.embed(tokens_B)
+        for i in range(len(self.layers)):
+            h = self.layers[i].decode(h, cos, sin, k_caches[i], v_caches[i], positions_B)
+        return self.logits(self.final_norm(h))
+
+    def logits(self, hidden_TD):
+        return self.matmul(hidden_TD, self.head_weight())

@@ -1,0 +1,646 @@
+"""What a recipe stands on, built in order; and the run itself.
+
+Everything built has a key: a hash of the resolved fields that affect its bytes, of its inputs' hashes and of the format
+version. The key is part of the folder's name, so a second start finds what is there, and run.* is not part of it.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import hydra
+import numpy as np
+import xxhash
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from .config import as_dict, checked, differences, load_recipe, num_training_steps, recipe_names, recipes_folder
+from .data.batches import PackedBatches, documents_to_samples, tokenized_to_samples
+from .data.chat import decode_response, encode_chat, encode_prompt, list_stretches, template_digest
+from .data.corpus import file_digests, load_corpus
+from .data.shards import ShardFolder
+from .data.tokenizer import Tokenizer, train_tokenizer
+from .rewards.math import parse_number, score
+from .runtime.checkpoint import lock_folder, mark_best, newest_checkpoint, write_atomic
+from .runtime.device import describe_environment, start
+from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
+
+FORMAT_VERSION = 1
+_TOKENIZER_EXAMPLES = 8000  # enough text for a vocabulary of thousands of pieces
+
+# Overrides that what a recipe stands on takes over, so that one command line speaks for the whole pipeline. The student
+# is the same model on the same data from the start; the teacher only has to read the same tokens.
+_TEACHER_INHERITS = ("scale", "data", "data.source", "data.train", "data.heldout", "data.num_heldout", "data.language",
+                     "data.tokenizer", "data.seq_len", "data.on_error", "data.seed", "run", "rollout.max_prompt_len",
+                     "rollout.max_new_tokens", "rollout.num_slots", "model.vocab_size", "model.max_seq_len")
+_STUDENT_INHERITS = (*_TEACHER_INHERITS, "seed", "data.num_examples", "model")
+_NEVER_INHERITED = ("run.dir",)
+
+
+class Upstream(NamedTuple):
+    """A model that a run starts from: the folder with its weights, and what identifies their bytes."""
+
+    folder: Path
+    digest: str
+
+
+# ---- Entry points ----------------------------------------------------------------------------------------------------
+
+def entry_point(function):
+    """A Hydra application: compose and check the recipe, then call function(recipe, overrides of the command line)."""
+
+    @hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name="config")
+    def main(composed):
+        try:
+            function(checked(composed), list(HydraConfig.get().overrides.task))
+        except (ValueError, OSError, FloatingPointError) as error:
+            # Facts about the user's input or machine: the message says what to do, a traceback would bury it.
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    return main
+
+
+def train(recipe, overrides):
+    """Run a recipe to its end and return its run folder; what it stands on is built first, or reused."""
+    plan = Plan(recipe, overrides)
+    if plan.is_done():
+        say(f"{recipe.recipe}: already complete in {plan.folder}")
+        return plan.folder
+    if recipe.task == "distill":
+        _distill(plan)
+    else:
+        _train_language_model(plan)
+    return plan.folder
+
+
+def rollout(recipe, overrides):
+    """Sample the answers that a distillation recipe trains on; returns their folder."""
+    plan = _distillation_plan(recipe, overrides)
+    if recipe.kd.answers == "label":
+        raise ValueError("kd.answers=label trains on the reference answers: there is nothing to sample; use "
+                         "python -m mindpangu.annotate.")
+    return _answers(plan, "train").folder
+
+
+def annotate(recipe, overrides):
+    """Score a distillation recipe's answers with its teacher; returns the folder of the annotated shards."""
+    return _annotations(_distillation_plan(recipe, overrides), "train").folder
+
+
+def _distillation_plan(recipe, overrides):
+    if recipe.task != "distill":
+        raise ValueError(f"recipe={recipe.recipe} is no distillation: expected one of "
+                         f"{[name for name in recipe_names() if name.startswith('kd_')]}.")
+    return Plan(recipe, overrides)
+
+
+# ---- Keys, folders and what stands upstream --------------------------------------------------------------------------
+
+def make_key(kind, fields, inputs):
+    """Ten hexadecimal digits of a hash over what determines an artifact's bytes."""
+    text = json.dumps([FORMAT_VERSION, kind, fields, inputs], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())[:10]
+
+
+class Plan:
+    """A recipe with its inputs resolved: examples, upstream models, tokenizer, key and run folder.
+
+    Making a plan builds what is missing upstream, or raises with the commands that would at scale=1b. It does not
+    import MindSpore unless something has to be built.
+    """
+
+    def __init__(self, recipe, overrides):
+        self.recipe, self.overrides = recipe, overrides
+        self.root = Path(recipe.run.root)
+        self.files = file_digests(recipe.data)
+        self.init = self._upstream("init_from", recipe.init_from, _STUDENT_INHERITS)
+        self.teacher = (self._upstream("teacher", recipe.teacher, _TEACHER_INHERITS)
+                        if recipe.task == "distill" else None)
+        self.tokenizer = self._tokenizer()
+        self._check_models()
+        fields = as_dict(recipe)
+        for section in ("run", "init_from", "teacher", "scale", "recipe"):
+            fields.pop(section)
+        if recipe.task == "language_model":
+            del fields["kd"]
+            fields["rollout"] = {name: fields["rollout"][name] for name in ("max_prompt_len", "max_new_tokens")}
+        self.key = make_key("run", fields, self._input_digests())
+        name = f"{recipe.recipe}-{recipe.scale}-{self.key}"
+        self.folder = Path(recipe.run.dir) if recipe.run.dir else self.root / name
+
+    @functools.cached_property
+    def corpus(self):
+        corpus = load_corpus(self.recipe.data)
+        if corpus.skipped:
+            say(f"data.on_error=skip: {len(corpus.skipped)} malformed lines skipped, the first: {corpus.skipped[0]}")
+        return corpus
+
+    def is_done(self):
+        """Whether the run folder holds this run, complete. Raises ValueError if it holds another one."""
+        path = self.folder / "run.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["key"] != self.key:
+                changed = differences(found["recipe"], as_dict(self.recipe))
+                raise ValueError(f"run folder {self.folder} holds another run; field: there | here:\n  " +
+                                 "\n  ".join(changed or ["its inputs (data files, init_from or teacher) changed"]) +
+                                 "\nChoose another run.dir, or leave run.dir out.")
+        return (self.folder / "done.json").exists()
+
+    def begin(self):
+        """Lock the run folder and write down what runs in it. Returns the lock."""
+        lock = lock_folder(self.folder)
+        self.is_done()
+        write_atomic(self.folder / "run.json", json.dumps({"key": self.key, "recipe": as_dict(self.recipe)}, indent=1))
+        write_atomic(self.folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(self.recipe))))
+        write_atomic(self.folder / "env.json", describe_environment(self.recipe.run))
+        return lock
+
+    def _input_digests(self):
+        return {"files": self.files, "tokenizer": self.tokenizer.digest, "template": template_digest(),
+                "init_from": self.init.digest if self.init else None,
+                "teacher": self.teacher.digest if self.teacher else None}
+
+    def _upstream(self, field, reference, inherited):
+        """The model that init_from or teacher names: a folder, or a recipe that is built if it has not run."""
+        if reference is None:
+            return None
+        path = Path(reference)
+        if (path / "config.json").is_file():
+            return Upstream(path, _weights_digest(path))
+        if (path / "run.json").is_file():
+            return _finished_run(field, path)
+        if reference not in recipe_names():
+            raise ValueError(f"{field}={reference}: neither a run folder, a Hugging Face folder (with config.json) nor "
+                             f"a recipe; the recipes are {recipe_names()}.")
+        command = [f"recipe={reference}", *_inherited(self.overrides, inherited)]
+        if not any(override.startswith("scale=") for override in command):
+            command.append(f"scale={self.recipe.scale}")
+        if self.recipe.scale == "1b":
+            plan = _require_upstream(field, command)
+        else:
+            upstream = load_recipe(command)
+            plan = Plan(upstream, command)
+            if not plan.is_done():
+                say(f"{self.recipe.recipe} needs {field}={reference}: building it in {plan.folder}")
+                train(upstream, command)
+        return _finished_run(field, plan.folder)
+
+    def _tokenizer(self):
+        """data.tokenizer, else that of init_from, else one trained on the examples."""
+        data, model = self.recipe.data, self.recipe.model
+        inherited = self.init and self.init.folder / "tokenizer.model"
+        if data.tokenizer:
+            tokenizer = Tokenizer(data.tokenizer)
+            if inherited and inherited.is_file() and Tokenizer(inherited).digest != tokenizer.digest:
+                raise ValueError(f"data.tokenizer={data.tokenizer} is not the tokenizer that init_from={self.init.folder} "
+                                 f"was trained with: leave data.tokenizer out, or use {inherited}.")
+            return tokenizer
+        if inherited and inherited.is_file():
+            return Tokenizer(inherited)
+        if self.recipe.scale == "1b":
+            raise ValueError("data.tokenizer is missing: give the SentencePiece model that the weights belong to, for "
+                             "example data.tokenizer=openPangu-Embedded-1B/tokenizer.model.")
+        examples = dataclasses.replace(data, num_examples=_TOKENIZER_EXAMPLES if data.source == "arithmetic" else 0,
+                                       dress="text", seq_len=8)
+        fields = as_dict(examples) | {"vocab_size": model.vocab_size}
+        del fields["seq_len"], fields["train"], fields["heldout"]
+        folder = self.root / f"tokenizer-{make_key('tokenizer', fields, self.files)}"
+        path = folder / "tokenizer.model"
+        if not path.exists():
+            with lock_folder(folder):
+                texts = _plain_texts(load_corpus(examples).train[:_TOKENIZER_EXAMPLES], stretches=True)
+                train_tokenizer(texts, model.vocab_size, path)
+                say(f"tokenizer: {model.vocab_size} pieces from {len(texts)} stretches of text, {path}")
+        return Tokenizer(path)
+
+    def _check_models(self):
+        model, tokenizer = self.recipe.model, self.tokenizer
+        if tokenizer.vocab_size != model.vocab_size:
+            raise ValueError(f"model.vocab_size={model.vocab_size}, but the tokenizer {tokenizer.model_file} has "
+                             f"{tokenizer.vocab_size} pieces: they have to agree.")
+        for name, ours, theirs in (("bos", model.bos_id, tokenizer.bos_id), ("pad", model.pad_id, tokenizer.pad_id),
+                                   ("eos", model.eos_id, tokenizer.turn_end_id)):
+            if ours != theirs:
+                raise ValueError(f"model.{name}_id={ours}, but in the tokenizer {tokenizer.model_file} it is {theirs}.")
+        if self.teacher:
+            from .model.weights import read_config
+
+            vocab_size = read_config(self.teacher.folder).vocab_size
+            if vocab_size != model.vocab_size:
+                raise ValueError(f"teacher={self.teacher.folder} has a vocabulary of {vocab_size}, the student of "
+                                 f"model.vocab_size={model.vocab_size}: offline distillation compares the same tokens.")
+            path = self.teacher.folder / "tokenizer.model"
+            if path.is_file() and Tokenizer(path).digest != tokenizer.digest:
+                raise ValueError(f"teacher={self.teacher.folder} was trained with another tokenizer ({path}) than the "
+                                 f"student's {tokenizer.model_file}: the same ids would mean other tokens.")
+
+
+def _inherited(overrides, names):
+    def is_inherited(override):
+        name = override.split("=")[0].lstrip("+~")
+        return name not in _NEVER_INHERITED and (name in names or any(
+            name.startswith(f"{group}.") for group in names if group in ("run", "model") and group != "data"))
+
+    return [override for override in overrides if is_inherited(override)]
+
+
+def _require_upstream(field, command):
+    """The Plan of an upstream run that must be there already; raises ValueError with the commands that make it."""
+    upstream = load_recipe(command)
+    try:
+        plan = Plan(upstream, command)
+        missing, before = not plan.is_done(), ""
+    except _MissingRun as error:
+        missing, before = True, f"{error.commands}\n"
+    if missing:
+        line = "  python -m mindpangu.train " + " ".join(f"'{o}'" if set(o) & set("[]{} ") else o for o in command)
+        raise _MissingRun(field, before + line)
+    return plan
+
+
+class _MissingRun(ValueError):
+    def __init__(self, field, commands):
+        super().__init__(f"{field} has not been run at this scale. Run first:\n{commands}\nor give {field}=<run folder "
+                         "or Hugging Face folder>.")
+        self.commands = commands
+
+
+def _finished_run(field, folder):
+    checkpoint = newest_checkpoint(folder)
+    if not (folder / "done.json").is_file() or checkpoint is None:
+        raise ValueError(f"{field}={folder}: this run is not complete; run its command again to finish it.")
+    key = json.loads((folder / "run.json").read_text(encoding="utf-8"))["key"]
+    return Upstream(checkpoint, f"{key}/{checkpoint.name}")
+
+
+def _weights_digest(folder):
+    """A hash over a Hugging Face folder's configuration and weights."""
+    digest = xxhash.xxh3_128()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- Examples to tokens ----------------------------------------------------------------------------------------------
+
+def _plain_texts(examples, stretches=False):
+    """Examples as plain texts: documents as they are, conversations as their contents, a text (or stretch) each."""
+    texts = []
+    for example in examples:
+        if isinstance(example, str):
+            texts.append(example)
+        elif stretches:
+            texts += list_stretches(example.messages)
+        else:
+            texts.append("\n".join(part for message in example.messages
+                                   for part in (message.thoughts, message.content) if part))
+    return texts
+
+
+def _tokenize(plan, examples):
+    """Samples of training examples in the recipe's dress."""
+    tokenizer, data = plan.tokenizer, plan.recipe.data
+    if data.dress == "text":
+        documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.turn_end_id]
+                     for text in _plain_texts(examples)]
+        return documents_to_samples(documents, data.seq_len)
+    return tokenized_to_samples([encode_chat(tokenizer, example.messages) for example in examples])
+
+
+def _prompts(plan, examples):
+    return [encode_prompt(plan.tokenizer, example.messages[:-1]) for example in examples]
+
+
+def _pack(plan, samples, seed):
+    train = plan.recipe.train
+    batches = PackedBatches(samples, seq_len=plan.recipe.data.seq_len, rows_per_step=train.rows_per_step,
+                            micro_batch_rows=train.micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed)
+    dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
+    say(f"data: {batches.num_samples} samples in {batches.num_rows} rows of {batches.seq_len} tokens, fill "
+        f"{batches.fill:.1%}, {batches.num_targets} supervised tokens{dropped}")
+    return batches
+
+
+# ---- Models and validation -------------------------------------------------------------------------------------------
+
+def _load(plan, folder):
+    """A model with a folder's weights."""
+    start(plan.recipe.run)
+    from .model.weights import load_model
+
+    return load_model(folder, plan.recipe.run.precision)
+
+
+def _student(plan):
+    """The model to train: init_from's weights, or random ones."""
+    start(plan.recipe.run)
+    from .model.pangu import DTYPES, Pangu
+    from .model.weights import load_weights
+
+    recipe = plan.recipe
+    model = Pangu(recipe.model, recipe.seed, DTYPES[recipe.run.precision], zero_weights=plan.init is not None)
+    if plan.init:
+        load_weights(model, plan.init.folder)
+    return model
+
+
+def _generator(plan, model, **sampling):
+    from .model.generate import Generator
+
+    rollout, config = plan.recipe.rollout, plan.recipe.model
+    return Generator(model, num_slots=rollout.num_slots, prompt_len=rollout.max_prompt_len,
+                     max_new_tokens=rollout.max_new_tokens, eos_id=config.eos_id, pad_id=config.pad_id,
+                     mode=plan.recipe.run.mode, **sampling)
+
+
+def _validator(plan, model, loss_fn, metric_names, heldout_samples):
+    """evaluate() for the loop: held-out loss, and accuracy of greedy answers where problems can be verified."""
+    from .trainers.validate import HeldoutLoss, measure_accuracy
+
+    recipe = plan.recipe
+    heldout_loss = HeldoutLoss(loss_fn, metric_names, heldout_samples, seq_len=recipe.data.seq_len,
+                               num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
+                               mode=recipe.run.mode)
+    verifiable = []
+    if recipe.data.dress != "text":
+        verifiable = [example for example in plan.corpus.heldout if _is_verifiable(example)]
+    generator = _generator(plan, model, temperature=0.0) if verifiable else None
+    prompts, values = _prompts(plan, verifiable), [example.value for example in verifiable]
+
+    def evaluate(step):
+        measured = heldout_loss.measure()
+        if not verifiable:
+            return measured, -measured["loss"]
+        accuracy, shown = measure_accuracy(generator, plan.tokenizer, prompts, values)
+        folder = plan.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step-{step:06d}.jsonl",
+                     "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in shown))
+        return measured | accuracy, accuracy["accuracy"]
+
+    return evaluate
+
+
+def _is_verifiable(example):
+    return example.value is not None and parse_number(example.value) is not None
+
+
+def _loop(plan, model, loss_fn, metric_names, num_steps):
+    from .model.size import flops_per_token
+    from .model.weights import load_weights, save_weights
+    from .runtime.loop import Loop
+
+    recipe = plan.recipe
+
+    def save_model(folder):
+        save_weights(model, folder)
+        shutil.copyfile(plan.tokenizer.model_file, folder / "tokenizer.model")
+
+    loop = Loop(loss_fn, metric_names, model.trainable_params(), train=recipe.train, run=recipe.run,
+                num_steps=num_steps, folder=plan.folder, save_model=save_model,
+                flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
+                peak_flops=recipe.run.peak_tflops * 1e12 or None)
+    return loop, loop.resume(lambda checkpoint: load_weights(model, checkpoint))
+
+
+def _say_run(plan, model, num_steps):
+    recipe, size = plan.recipe, sum(parameter.size for parameter in model.trainable_params())
+    tokens = recipe.train.rows_per_step * recipe.data.seq_len
+    say(f"{recipe.recipe}: {size:,} parameters, {num_steps} steps of {tokens:,} tokens, run folder {plan.folder}")
+
+
+def _finish(plan, loop, started, first, last, more=None):
+    """Write done.json: what came out, before and after, with the wall time of this start and the peak memory."""
+    summary = {"seconds": round(time.monotonic() - started, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
+               "before": first, "after": last, **(more or {})}
+    if not (plan.folder / "checkpoints" / "best").exists():
+        mark_best(plan.folder, loop.step)
+    loop.finish(summary)
+    pairs = "  ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first)
+    say(f"{plan.recipe.recipe}: done in {format_seconds(summary['seconds'])}, {pairs}; {plan.folder}")
+
+
+def _heldout_history(plan):
+    """First and last held-out numbers in metrics.jsonl, {name: number} each."""
+    rows = []
+    for line in (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = {name[8:]: value for name, value in json.loads(line).items() if name.startswith("heldout/")}
+        if row:
+            rows.append(row)
+    return rows[0], rows[-1]
+
+
+def _train_language_model(plan):
+    from .trainers import language_model
+
+    started = time.monotonic()
+    recipe = plan.recipe
+    with plan.begin():
+        batches = _pack(plan, _tokenize(plan, plan.corpus.train), recipe.seed)
+        num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
+        model = _student(plan)
+        loss_fn = language_model.make_loss(model, recipe.data.seq_len, recipe.run.logits_chunk)
+        loop, state = _loop(plan, model, loss_fn, language_model.METRICS, num_steps)
+        if state:
+            batches.load_state_dict(state["batches"])
+        _say_run(plan, model, num_steps)
+        evaluate = _validator(plan, model, loss_fn, language_model.METRICS, _tokenize(plan, plan.corpus.heldout))
+        loop.fit(batches, num_steps, lambda: evaluate(loop.step))
+        _finish(plan, loop, started, *_heldout_history(plan))
+
+
+# ---- Distillation ----------------------------------------------------------------------------------------------------
+
+def _answers(plan, split, answers_by=None, model=None, folder=None):
+    """ShardFolder of answers to the prompts of "train" or "heldout", complete.
+
+    answers_by: "student" (the default at heldout) or "teacher"; model and folder: a student in training and where its
+    answers go, instead of init_from's weights and a folder shared by all runs with the same key.
+    """
+    recipe, rollout = plan.recipe, plan.recipe.rollout
+    by = answers_by or (recipe.kd.answers if split == "train" else "student")
+    upstream = plan.teacher if by == "teacher" else plan.init
+    samples_per_prompt = rollout.samples_per_prompt if split == "train" else 1
+    examples = getattr(plan.corpus, split)
+    binding = {"model": upstream.digest if model is None else str(folder), "tokenizer": plan.tokenizer.digest,
+               "template": template_digest(), "data": _examples_digest(plan, split), "seed": str(recipe.seed),
+               "sampling": f"{samples_per_prompt} x t={rollout.temperature} k={rollout.top_k} p={rollout.top_p} "
+                           f"new={rollout.max_new_tokens}"}
+    folder = folder or plan.root / f"answers-{recipe.scale}-{make_key('answers', rollout.num_slots, binding)}"
+    num_shards = -(-len(examples) // rollout.prompts_per_shard)
+    shards = ShardFolder.open(folder, binding, num_shards)
+    if shards.complete:
+        return shards
+    from .distillation.sample import sample_answers
+
+    with lock_folder(folder):
+        started = time.monotonic()
+        say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
+        model = _load(plan, upstream.folder) if model is None else model
+        generator = _generator(plan, model, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p)
+        with Reporter("rollout shards", num_shards, num_shards - len(shards.missing())) as reporter:
+            sample_answers(generator, _prompts(plan, examples), samples_per_prompt=samples_per_prompt,
+                           seed=recipe.seed, prompts_per_shard=rollout.prompts_per_shard, shards=shards,
+                           reporter=reporter)
+        answers = [_read_answers(shards, i) for i in range(num_shards)]
+        count, tokens = sum(map(len, answers)), sum(len(a.logprobs) for a in answers)
+        truncated = sum(int(a.truncated.sum()) for a in answers)
+        _note(folder, started, f"rollout: {count} answers, {tokens} tokens, {truncated / count:.1%} truncated",
+              {"answers": count, "tokens": tokens, "truncated": truncated})
+    return shards
+
+
+def _read_answers(shards, i):
+    from .distillation.sample import Answers
+
+    return Answers(**shards.read(i))
+
+
+def _annotations(plan, split, answers_by=None, model=None, folder=None):
+    """ShardFolder of the teacher's log-probabilities on answers (see `_answers`) or on the reference answers."""
+    from .distillation.annotate import Annotator
+    from .distillation.annotate import annotate as annotate_shards
+
+    recipe = plan.recipe
+    data, rollout = recipe.data, recipe.rollout
+    examples = getattr(plan.corpus, split)
+    by_label = split == "train" and recipe.kd.answers == "label" and model is None
+    if by_label:
+        num_shards = -(-len(examples) // rollout.prompts_per_shard)
+        source = {"answers": "label", "data": _examples_digest(plan, split)}
+    else:
+        answers = _answers(plan, split, answers_by, model, folder and folder / "answers")
+        num_shards = answers.num_shards
+        drop = rollout.drop if split == "train" else []
+        source = {"answers": xxhash.xxh3_128_hexdigest((answers.folder / "manifest.json").read_bytes()),
+                  "drop": " ".join([*drop, *([str(rollout.min_tokens), str(rollout.max_repeats)] if drop else [])])}
+    binding = {"teacher": plan.teacher.digest, "tokenizer": plan.tokenizer.digest, "template": template_digest(),
+               "top_k": str(recipe.kd.top_k), "seq_len": str(data.seq_len), **source}
+    folder = (folder / "annotations" if folder else
+              plan.root / f"annotations-{recipe.scale}-{make_key('annotations', None, binding)}")
+    shards = ShardFolder.open(folder, binding, num_shards)
+    if shards.complete:
+        return shards
+
+    dropped = {}
+
+    def samples_of(i):
+        if by_label:
+            chosen = examples[i * rollout.prompts_per_shard:(i + 1) * rollout.prompts_per_shard]
+            return _fitting(plan, _tokenize(plan, chosen))
+        return _kept_samples(plan, examples, _read_answers(answers, i), drop, dropped)
+
+    with lock_folder(folder):
+        started = time.monotonic()
+        say(f"annotate: the teacher scores the {'reference ' if by_label else ''}answers to {len(examples)} {split} "
+            f"prompts, top {recipe.kd.top_k}, in {folder}")
+        annotator = Annotator(_load(plan, plan.teacher.folder), top_k=recipe.kd.top_k, row_len=data.seq_len,
+                              num_rows=recipe.train.micro_batch_rows, chunk_size=recipe.run.logits_chunk,
+                              mode=recipe.run.mode)
+        with Reporter("annotated shards", num_shards, num_shards - len(shards.missing())) as reporter:
+            annotate_shards(annotator, samples_of, shards, reporter)
+        tokens = sum(int(shards.read(i)["topk.sizes"][2]) for i in range(num_shards))
+        topk_bytes = sum(path.stat().st_size for path in folder.glob("*.shard"))
+        kept = "".join(f", {count} {name} dropped" for name, count in dropped.items())
+        _note(folder, started, f"annotate: {tokens} supervised tokens{kept}, {topk_bytes / max(1, tokens):.1f} bytes "
+              "each with their prompts", {"supervised_tokens": tokens, "bytes": topk_bytes, "dropped": dropped})
+    return shards
+
+
+def _kept_samples(plan, examples, answers, criteria, dropped):
+    """Samples of the answers that pass rollout.drop; counts what does not in `dropped`."""
+    from .distillation.sample import answers_to_samples, find_unwanted
+
+    if not criteria:
+        return answers_to_samples(answers)
+    rollout = plan.recipe.rollout
+
+    def is_wrong(n):
+        example = examples[answers.prompt_index[n]]
+        if not _is_verifiable(example):
+            raise ValueError(f"rollout.drop=[wrong]: training example {answers.prompt_index[n]} has no numeric value to "
+                             "verify; leave wrong out of rollout.drop or give every example a value.")
+        return score(example.value, decode_response(plan.tokenizer, answers.answer(n)).content) != 1.0
+
+    unwanted = find_unwanted(answers, criteria, min_tokens=rollout.min_tokens, max_repeats=rollout.max_repeats,
+                             is_wrong=is_wrong)
+    for name, flags in unwanted.items():
+        dropped[name] = dropped.get(name, 0) + int(flags.sum())
+    return answers_to_samples(answers, ~np.logical_or.reduce(list(unwanted.values())))
+
+
+def _fitting(plan, samples):
+    """Samples without those longer than a row, which are counted (never cut)."""
+    lengths = np.diff(samples.offsets)
+    long = lengths > plan.recipe.data.seq_len
+    if not long.any():
+        return samples
+    say(f"annotate: {int(long.sum())} samples longer than data.seq_len={plan.recipe.data.seq_len} dropped")
+    spans = [slice(samples.offsets[n], samples.offsets[n + 1]) for n in np.flatnonzero(~long)]
+    return tokenized_to_samples([(samples.tokens[span], samples.is_target[span]) for span in spans])
+
+
+def _examples_digest(plan, split):
+    """What identifies the examples of a split: the files' bytes and the fields that choose from them."""
+    data = as_dict(plan.recipe.data)
+    del data["seq_len"], data["tokenizer"]
+    return make_key(f"examples {split}", data, plan.files)
+
+
+def _note(folder, started, text, numbers):
+    seconds = round(time.monotonic() - started, 1)
+    write_atomic(folder / "summary.json", json.dumps({"seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3),
+                                                      **numbers}))
+    say(f"{text}, {format_seconds(seconds)}")
+
+
+def _distill(plan):
+    from .distillation.annotate import read_annotated
+    from .trainers import distill
+
+    started = time.monotonic()
+    recipe = plan.recipe
+    with plan.begin():
+        first = read_annotated(_annotations(plan, "train"))
+        heldout = read_annotated(_annotations(plan, "heldout"))
+        batches = _pack(plan, first, recipe.seed)
+        num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
+        bounds = [0, *(round(share * num_steps) for share in recipe.kd.refresh_at), num_steps]
+        model = _student(plan)
+        loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk)
+        loop, state = _loop(plan, model, loss_fn, distill.METRICS, num_steps)
+        _say_run(plan, model, num_steps)
+        evaluate = _validator(plan, model, loss_fn, distill.METRICS, heldout)
+        for segment in range(len(bounds) - 1):
+            if loop.step >= bounds[segment + 1]:
+                continue
+            if segment > 0:
+                say(f"refresh {segment} of {len(bounds) - 2} at step {loop.step}: the student answers anew")
+                folder = plan.folder / f"refresh-{segment}"
+                if loop.step > bounds[segment] and not (folder / "annotations" / "manifest.json").is_file():
+                    raise ValueError(f"{folder} is gone, but training went on from its answers: put it back, or delete "
+                                     f"{plan.folder} to start over.")
+                batches = _pack(plan, read_annotated(_annotations(plan, "train", "student", model, folder)),
+                                recipe.seed + segment)
+            if state and state["segment"] == segment:
+                batches.load_state_dict(state["batches"])
+            loop.fit(batches, bounds[segment + 1], lambda: evaluate(loop.step), {"segment": segment})
+        after = _annotations(plan, "heldout", "student", model, plan.folder / "heldout-after")
+        from .trainers.validate import HeldoutLoss
+
+        own = HeldoutLoss(loss_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
+                          num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
+                          mode=recipe.run.mode).measure()
+        before, last = _heldout_history(plan)
+        # Before training, the held-out answers are the student's own; after it, it has answered anew.
+        before["own_kl"], last["own_kl"] = before["kl"], own["kl"]
+        _finish(plan, loop, started, before, last)

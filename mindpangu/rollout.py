@@ -1,0 +1,8 @@
+"""Sample the answers that a distillation recipe trains on: python -m mindpangu.rollout recipe=kd_student."""
+
+from mindpangu.pipeline import entry_point, rollout
+
+main = entry_point(rollout)
+
+if __name__ == "__main__":
+    main()

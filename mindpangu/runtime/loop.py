@@ -1,0 +1,213 @@
+"""THE training step and the loop around it. Knows no model, loss or data set.
+
+Contract of a loss function: loss_fn(*tensors) -> (loss_sum, metric_sums_M) on one micro-batch, where metric_sums_M[0]
+is the sum of the loss weights and the rest are weighted sums too. The loss is sum(w * l) / sum(w) over all
+micro-batches, so how a batch is split never changes a gradient; all averaging policy lives in the weights.
+
+A micro-batches of a step, M metrics.
+"""
+
+import json
+import math
+import time
+
+import mindspore as ms
+import numpy as np
+from mindspore import ParameterTuple, Tensor, ops
+
+from . import checkpoint as checkpoints
+from .metrics import MetricsFile, Reporter, peak_memory_gib, say, step_line
+from .optim import AdamW, global_norm, learning_rate
+
+
+def make_gradient_step(loss_fn, parameters, num_metrics):
+    """step(*arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum / weight)."""
+    value_and_grad = ops.value_and_grad(loss_fn, None, parameters, has_aux=True)
+
+    def gradient_step(*batch):
+        num_micro_batches = batch[0].shape[0]
+        if num_micro_batches == 1:
+            first = ()
+            for array in batch:
+                first = first + (array[0],)
+            (loss, metrics), grads = value_and_grad(*first)
+        else:
+            loss = ops.zeros((), ms.float32)
+            metrics = ops.zeros((num_metrics,), ms.float32)
+            grads = ()
+            for parameter in parameters:
+                grads = grads + (ops.zeros(parameter.shape, parameter.dtype),)
+            i = ops.zeros((), ms.int32)
+            while i < num_micro_batches:
+                part = ()
+                for array in batch:
+                    part = part + (array[i],)
+                (part_loss, part_metrics), part_grads = value_and_grad(*part)
+                loss = loss + part_loss
+                metrics = metrics + part_metrics
+                total = ()
+                for j in range(len(grads)):
+                    total = total + (grads[j] + part_grads[j],)
+                grads = total
+                i = i + 1
+        scale = 1.0 / metrics[0]
+        mean_grads = ()
+        for grad in grads:
+            mean_grads = mean_grads + (grad * scale,)
+        return loss, metrics, mean_grads
+
+    return gradient_step
+
+
+class Loop:
+    """Trains parameters in place, with checkpoints and metrics in a run folder.
+
+    metric_names: of metric_sums_M[1:]. save_model(path) writes the model's files into a checkpoint folder.
+    flops_per_token and peak_flops (per second, of all devices) give MFU; None where the peak is not known.
+    """
+
+    def __init__(self, loss_fn, metric_names, parameters, *, train, run, num_steps, folder, save_model,
+                 flops_per_token=None, peak_flops=None):
+        self.metric_names, self.train, self.run = tuple(metric_names), train, run
+        self.num_steps, self.folder, self.save_model = num_steps, folder, save_model
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.parameters = ParameterTuple(parameters)
+        self.optimizer = AdamW(self.parameters, train)
+        self.metrics_file = MetricsFile(folder)
+        self.step = 0
+        self.best = None  # {"step", "value"} of the best validation
+        self.num_tokens = 0
+
+        gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names))
+        optimizer, clip_norm = self.optimizer, train.clip_norm
+
+        def training_step(hyperparameters_3, *batch):
+            loss, metrics, grads = gradient_step(*batch)
+            norm = global_norm(grads)
+            finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
+            if finite:
+                scale = clip_norm / ops.maximum(norm, ops.full_like(norm, clip_norm))
+                loss = ops.depend(loss, optimizer(grads, scale, hyperparameters_3))
+            return loss, norm, metrics
+
+        self.training_step = ms.jit(training_step) if run.mode == "graph" else training_step
+
+    def optimizer_parameters(self):
+        return list(self.optimizer.m) + list(self.optimizer.v)
+
+    def resume(self, load_model):
+        """Continue from the newest checkpoint, if there is one: load_model(path) sets the weights. Returns its extra
+        state (what `fit` was given as state), or None."""
+        newest = checkpoints.newest_checkpoint(self.folder)
+        if newest is None:
+            self.metrics_file.keep_until(-1)
+            return None
+        state = checkpoints.read_state(newest)
+        load_model(newest)
+        arrays = checkpoints.load_optimizer(newest, self.optimizer_parameters())
+        for parameter in self.optimizer_parameters():
+            parameter.set_data(Tensor(arrays[parameter.name]))
+        self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
+        self.metrics_file.keep_until(self.step)
+        say(f"resuming at step {self.step} of {self.num_steps} from {newest}")
+        return state["state"]
+
+    def save(self, state):
+        """Write a checkpoint of this moment. state: JSON-able, given back by `resume`."""
+        checkpoints.save_checkpoint(self.folder, self.step, self.save_model,
+                                    checkpoints.as_arrays(self.optimizer_parameters()),
+                                    {"best": self.best, "num_tokens": self.num_tokens, "state": state})
+        if self.best and self.best["step"] == self.step:
+            checkpoints.mark_best(self.folder, self.step)
+        checkpoints.prune_checkpoints(self.folder, self.run.keep_checkpoints)
+
+    def validate(self, evaluate):
+        """Write evaluate() -> ({name: number}, better) at this step; `better` orders validations, larger is better."""
+        values, better = evaluate()
+        self.metrics_file.write(self.step, {f"heldout/{name}": value for name, value in values.items()})
+        say(f"step {self.step}/{self.num_steps}  held-out  " +
+            "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        if self.best is None or better > self.best["value"]:
+            self.best = {"step": self.step, "value": better}
+
+    def fit(self, batches, until_step, evaluate=None, state=None):
+        """Train to `until_step` (exclusive) on an endless iterator of batches with state_dict().
+
+        evaluate: see `validate`; called before step 0, every train.eval_every steps and after the last one.
+        Raises FloatingPointError on a loss or gradient that is not finite, before the update.
+        """
+        extra = dict(state or {})
+
+        def full_state():
+            return {**extra, "batches": batches.state_dict()}
+
+        if self.step == 0 and evaluate:
+            self.validate(evaluate)
+        window = _Window(len(self.metric_names))
+        with Reporter("training", self.num_steps, self.step) as reporter:
+            while self.step < until_step:
+                started = time.monotonic()
+                batch = next(batches)
+                arrays = [Tensor(array) for array in batch.arrays()]
+                ready = time.monotonic()
+                lr = learning_rate(self.step, self.num_steps, self.train)
+                loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.step, lr), *arrays)
+                loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise FloatingPointError(
+                        f"step {self.step}, rank 0: loss {loss / metrics[0]}, grad_norm {norm}: not finite; nothing was "
+                        f"updated. The last good checkpoint is {checkpoints.newest_checkpoint(self.folder) or 'none'}. "
+                        "A lower train.lr, a longer train.warmup_steps or cleaner data usually help.")
+                self.step += 1
+                self.num_tokens += batch.tokens_AT.size
+                window.add(loss, norm, metrics, batch.tokens_AT.size, ready - started, time.monotonic() - started)
+                if self.step % self.run.log_every == 0 or self.step == until_step:
+                    values = window.take(self.metric_names) | {"lr": lr, "memory_gib": round(peak_memory_gib(), 3),
+                                                               "num_tokens": self.num_tokens}
+                    if self.flops_per_token and self.peak_flops:
+                        values["mfu"] = values["tokens_per_s"] * self.flops_per_token / self.peak_flops
+                    self.metrics_file.write(self.step, values)
+                    reporter.advance(self.step, step_line(self.step, self.num_steps, values, reporter.eta_s()))
+                else:
+                    reporter.advance(self.step)
+                every = self.train.eval_every
+                if evaluate and (self.step == self.num_steps or (every and self.step % every == 0)):
+                    self.validate(evaluate)
+                    best_now = self.best["step"] == self.step
+                else:
+                    best_now = False
+                if best_now or self.step % self.run.save_every == 0 or self.step == until_step:
+                    self.save(full_state())
+
+    def finish(self, summary):
+        """Mark the run as complete: done.json with the summary."""
+        checkpoints.write_atomic(self.folder / "done.json", json.dumps({"step": self.step, **summary}, indent=1))
+
+
+class _Window:
+    """Sums since the last step line."""
+
+    def __init__(self, num_metrics):
+        self.num_metrics = num_metrics
+        self.clear()
+
+    def clear(self):
+        self.loss = self.norm = self.tokens = self.waited = self.seconds = 0.0
+        self.steps = 0
+        self.metrics = np.zeros(1 + self.num_metrics)
+
+    def add(self, loss, norm, metrics, tokens, waited, seconds):
+        self.loss += loss
+        self.norm = norm
+        self.metrics += metrics
+        self.tokens += tokens
+        self.waited += waited
+        self.seconds += seconds
+
+    def take(self, names):
+        weight = self.metrics[0]
+        values = {"loss": self.loss / weight, "grad_norm": self.norm, "tokens_per_s": round(self.tokens / self.seconds, 1),
+                  "data_wait": round(self.waited / self.seconds, 4)}
+        values |= {name: self.metrics[i + 1] / weight for i, name in enumerate(names)}
+        self.clear()
+        return values

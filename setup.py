@@ -1,0 +1,37 @@
+"""Package description. The CPU and NPU kernels are never built here: an isolated build has no MindSpore."""
+
+import sys
+
+from setuptools import find_packages, setup
+
+SUPPORTED = ((3, 10), (3, 11))
+if sys.version_info[:2] not in SUPPORTED:
+    names = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    sys.exit(f"mindpangu needs Python {names} (MindSpore 2.9.0 and MindFormers 1.9.0 have no others in common); "
+             f"this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
+
+setup(
+    name="mindpangu",
+    version="0.1.0",
+    description="openPangu Embedded-1B's whole recipe on MindSpore: SFT, offline on-policy distillation, GRPO, export",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.12",
+    packages=[*find_packages(include=["mindpangu", "mindpangu.*"]), "mindpangu.recipes", "mindpangu.tools"],
+    # recipes/ and tools/ stand at the top of the repository and travel inside the package.
+    package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools"},
+    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"]},
+    install_requires=[
+        "mindspore==2.9.0",
+        "mindformers==1.9.0",
+        "numpy<2",  # with NumPy 2 MindSpore's eager mode fails with SystemError
+        "hydra-core>=1.3,<1.4",
+        "sentencepiece",
+        "datasketch",
+        "zstandard",
+        "safetensors",
+        "rich",
+        "xxhash",
+        "math-verify[antlr4_9_3]==0.9.0",  # the antlr that hydra-core 1.3 needs
+    ],
+    extras_require={"dev": ["pytest", "hypothesis", "ruff", "torch==2.13.0"]},
+)

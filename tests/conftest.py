@@ -1,0 +1,63 @@
+"""Shared by the tests that touch a model: MindSpore on CPU, random configurations, and transformers as the oracle."""
+
+import numpy as np
+import pytest
+
+from mindpangu.config import ModelConfig
+
+
+@pytest.fixture
+def mindspore_cpu(tmp_path, monkeypatch):
+    import mindspore as ms
+
+    monkeypatch.chdir(tmp_path)  # on a compile error MindSpore writes rank_0/ into the working directory
+    ms.set_device("CPU")
+    return ms
+
+
+@pytest.fixture(scope="session")
+def random_config():
+    """seed -> a small ModelConfig; seeds 0 to 5 go through 1, 2, 4 query heads per key/value head, tied and untied."""
+
+    def build(seed):
+        random = np.random.default_rng(seed)
+        num_kv_heads = int(random.integers(1, 4))
+        num_heads = num_kv_heads * (1, 2, 4)[seed % 3]
+        head_dim = 2 * int(random.integers(3, 9))
+        hidden_size = int(random.integers(24, 72))
+        if hidden_size == num_heads * head_dim:  # the projection must not be square by chance
+            hidden_size += 1
+        return ModelConfig(
+            hidden_size=hidden_size, num_layers=int(random.integers(1, 4)), num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_dim=head_dim, intermediate_size=int(random.integers(20, 90)),
+            vocab_size=int(random.integers(60, 120)), max_seq_len=64, rope_theta=float(random.choice([1e2, 1e4, 4e6])),
+            rms_norm_eps=1e-5, tie_embedding=seed % 2 == 0, init_std=0.02, bos_id=1, pad_id=0, eos_id=2)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_llama():
+    """(ModelConfig, seed) -> transformers' LlamaForCausalLM in float32; no bias is zero and no norm is one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(config, seed):
+        # No pad_token_id: torch gives that row of the embedding no gradient.
+        model = LlamaForCausalLM(LlamaConfig(
+            hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
+            intermediate_size=config.intermediate_size, max_position_embeddings=config.max_seq_len,
+            rope_theta=config.rope_theta, rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=config.tie_embedding,
+            attention_bias=True, mlp_bias=False, hidden_act="silu")).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                if weight.ndim == 2:
+                    weight.copy_(noise / weight.shape[1] ** 0.5)
+                else:
+                    weight.copy_(0.3 * noise + (0 if name.endswith("bias") else 1))
+        return model
+
+    return build
