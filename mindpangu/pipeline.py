@@ -334,7 +334,6 @@ def _pack(plan, samples, seed):
 
 def _load(plan, folder):
     """A model with a folder's weights."""
-    start(plan.recipe.run)
     from .model.weights import load_model
 
     return load_model(folder, plan.recipe.run.precision)
@@ -342,7 +341,6 @@ def _load(plan, folder):
 
 def _student(plan):
     """The model to train: init_from's weights, or random ones."""
-    start(plan.recipe.run)
     from .model.pangu import DTYPES, Pangu
     from .model.weights import load_weights
 
@@ -440,10 +438,11 @@ def _heldout_history(plan):
 
 
 def _train_language_model(plan):
-    from .trainers import language_model
-
     started = time.monotonic()
     recipe = plan.recipe
+    start(recipe.run)
+    from .trainers import language_model
+
     with plan.begin():
         batches = _pack(plan, _tokenize(plan, plan.corpus.train), recipe.seed)
         num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
@@ -480,6 +479,7 @@ def _answers(plan, split, answers_by=None, model=None, folder=None):
     shards = ShardFolder.open(folder, binding, num_shards)
     if shards.complete:
         return shards
+    start(recipe.run)
     from .distillation.sample import sample_answers
 
     with lock_folder(folder):
@@ -507,10 +507,11 @@ def _read_answers(shards, i):
 
 def _annotations(plan, split, answers_by=None, model=None, folder=None):
     """ShardFolder of the teacher's log-probabilities on answers (see `_answers`) or on the reference answers."""
+    recipe = plan.recipe
+    start(recipe.run)
     from .distillation.annotate import Annotator
     from .distillation.annotate import annotate as annotate_shards
 
-    recipe = plan.recipe
     data, rollout = recipe.data, recipe.rollout
     examples = getattr(plan.corpus, split)
     by_label = split == "train" and recipe.kd.answers == "label" and model is None
@@ -604,11 +605,13 @@ def _note(folder, started, text, numbers):
 
 
 def _distill(plan):
-    from .distillation.annotate import read_annotated
-    from .trainers import distill
-
     started = time.monotonic()
     recipe = plan.recipe
+    start(recipe.run)
+    from .distillation.annotate import read_annotated
+    from .trainers import distill
+    from .trainers.validate import HeldoutLoss
+
     with plan.begin():
         first = read_annotated(_annotations(plan, "train"))
         heldout = read_annotated(_annotations(plan, "heldout"))
@@ -635,8 +638,6 @@ def _distill(plan):
                 batches.load_state_dict(state["batches"])
             loop.fit(batches, bounds[segment + 1], lambda: evaluate(loop.step), {"segment": segment})
         after = _annotations(plan, "heldout", "student", model, plan.folder / "heldout-after")
-        from .trainers.validate import HeldoutLoss
-
         own = HeldoutLoss(loss_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
                           num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
                           mode=recipe.run.mode).measure()
