@@ -1,8 +1,9 @@
 """The typed recipe: every field with its type, default, meaning and unit, and the checks. Imports no MindSpore."""
 
+import difflib
 import importlib.util
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ class ModelConfig(_Section):
             _at_least(f"model.{name}", getattr(self, name), 1)
         _require(self.num_heads % self.num_kv_heads == 0,
                  f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}.")
+        _require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: expected above 0.")
+        _require(self.rms_norm_eps > 0, f"model.rms_norm_eps={self.rms_norm_eps}: expected above 0.")
+        _at_least("model.init_std", self.init_std, 0)
+        for name in ("bos_id", "pad_id", "eos_id"):
+            _in_range(f"model.{name}", getattr(self, name), 0, self.vocab_size - 1)
         _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim}: rotary embedding needs an even head size.")
 
 
@@ -88,7 +94,7 @@ class DataConfig(_Section):
     num_examples: int = 0  # training examples used, the first ones; 0: all (arithmetic needs a number)
     num_heldout: int = 500  # held-out examples used
     language: str = "both"  # of the built-in problems: both | en | zh
-    seed: int = 0  # of the built-in problems; apart from the recipe's seed, so that runs with other seeds stay comparable
+    seed: int = 0  # of the built-in problems; apart from the recipe's seed, so that runs over seeds stay comparable
     tokenizer: str | None = None  # a SentencePiece model; null: that of init_from, or at tiny one trained on the corpus
     seq_len: int = MISSING  # tokens in a packed row
     on_error: str = "raise"  # malformed line: raise | skip (counted and reported)
@@ -97,8 +103,8 @@ class DataConfig(_Section):
         _one_of("data.source", self.source, ("arithmetic", "chats", "gsm8k", "documents"))
         _one_of("data.dress", self.dress, ("reasoning", "fast", "result", "text"))
         _require(self.source != "documents" or self.dress == "text",
-                 f"data.dress={self.dress} with data.source=documents: plain documents are text; use data.dress=text, as "
-                 "recipe=pretrain does.")
+                 f"data.dress={self.dress} with data.source=documents: plain documents are text; use "
+                 "data.dress=text, as recipe=pretrain does.")
         _one_of("data.language", self.language, ("both", "en", "zh"))
         _one_of("data.on_error", self.on_error, ("raise", "skip"))
         _at_least("data.seq_len", self.seq_len, 8)
@@ -134,7 +140,8 @@ class TrainConfig(_Section):
 
     def check(self):
         _require((self.steps > 0) != (self.epochs > 0),
-                 f"train.steps={self.steps} and train.epochs={self.epochs}: give exactly one of them, above 0.")
+                 f"train.steps={self.steps} and train.epochs={self.epochs}: give exactly one of them; "
+                 "the other is 0.")
         _at_least("train.micro_batch_rows", self.micro_batch_rows, 1)
         _require(self.rows_per_step >= 1 and self.rows_per_step % self.micro_batch_rows == 0,
                  f"train.rows_per_step={self.rows_per_step} is not a positive multiple of "
@@ -162,7 +169,7 @@ class RolloutConfig(_Section):
     max_new_tokens: int = MISSING  # an answer that has not ended by then is truncated
     num_slots: int = 64  # sequences generated side by side; a finished one is replaced by the next prompt
     prompts_per_shard: int = 1024  # what a killed run may lose
-    drop: list[str] = field(default_factory=list)  # answers the teacher never sees: truncated | repetitive | wrong | short
+    drop: list[str] = field(default_factory=list)  # answers not to train on: truncated | repetitive | wrong | short
     min_tokens: int = 4  # below it an answer is short
     max_repeats: int = 4  # more immediate repeats of an up-to-16-token phrase make an answer repetitive
 
@@ -266,6 +273,9 @@ class Recipe(_Section):
         _one_of("scale", self.scale, ("smoke", "tiny", "1b"))
         _at_least("seed", self.seed, 0)
         _one_of("task", self.task, ("language_model", "distill"))
+        _require(self.recipe != "sft_teacher" or self.scale != "1b",
+                 "recipe=sft_teacher with scale=1b: at this scale the teacher is a model you bring, such as "
+                 "openPangu-Embedded-7B; give its Hugging Face folder as teacher=... to a distillation recipe.")
         _require(self.data.seq_len <= self.model.max_seq_len,
                  f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "
                  "shorten data.seq_len or choose a longer model.")
@@ -303,6 +313,24 @@ def recipe_names():
 def checked(composed):
     """The Recipe of a composed Hydra configuration: typed, checked, read-only."""
     return OmegaConf.to_object(composed)
+
+
+def check_fields(overrides):
+    """Raise ValueError for an override such as "kd.wieght=1" that names no field, with what is meant or possible."""
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        parts = name.lstrip("+~").split(".")
+        if not equals or name.startswith("-") or parts[0].split("/")[0] == "hydra" or "@" in name:
+            continue
+        section, known = Recipe, [f.name for f in fields(Recipe)]
+        for depth, part in enumerate(parts):
+            if part not in known:
+                where = ".".join(parts[:depth])
+                close = difflib.get_close_matches(part, known, 1)
+                hint = f"did you mean {'.'.join([*parts[:depth], *close])}? " if close else ""
+                raise ValueError(f"{override}: no such field; {hint}{where or 'A recipe'} has {', '.join(known)}.")
+            section = next(f.type for f in fields(section) if f.name == part)
+            known = [f.name for f in fields(section)] if is_dataclass(section) else []
 
 
 def load_recipe(overrides):

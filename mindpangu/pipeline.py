@@ -4,6 +4,7 @@ Everything built has a key: a hash of the resolved fields that affect its bytes,
 version. The key is part of the folder's name, so a second start finds what is there, and run.* is not part of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,28 +19,39 @@ import numpy as np
 import xxhash
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from .config import as_dict, checked, differences, load_recipe, num_training_steps, recipe_names, recipes_folder
+from .config import (
+    as_dict,
+    check_fields,
+    checked,
+    differences,
+    load_recipe,
+    num_training_steps,
+    recipe_names,
+    recipes_folder,
+)
 from .data.batches import PackedBatches, documents_to_samples, tokenized_to_samples
 from .data.chat import decode_response, encode_chat, encode_prompt, list_stretches, template_digest
 from .data.corpus import file_digests, load_corpus
 from .data.shards import ShardFolder
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .rewards.math import parse_number, score
-from .runtime.checkpoint import lock_folder, mark_best, newest_checkpoint, write_atomic
+from .runtime.checkpoint import lock_folder, newest_checkpoint, write_atomic
 from .runtime.device import describe_environment, start
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
 FORMAT_VERSION = 1
 _TOKENIZER_EXAMPLES = 8000  # enough text for a vocabulary of thousands of pieces
 
-# Overrides that what a recipe stands on takes over, so that one command line speaks for the whole pipeline. The student
-# is the same model on the same data from the start; the teacher only has to read the same tokens.
+# Overrides that what a recipe stands on takes over, so that one command line speaks for the whole pipeline: groups,
+# whole sections ("run.") and single fields. The teacher only has to read the same tokens; the student is the same model
+# on the same data from its first stage on. data.dress is what makes a stage, and run.dir is one run's.
 _TEACHER_INHERITS = ("scale", "data", "data.source", "data.train", "data.heldout", "data.num_heldout", "data.language",
-                     "data.tokenizer", "data.seq_len", "data.on_error", "data.seed", "run", "rollout.max_prompt_len",
-                     "rollout.max_new_tokens", "rollout.num_slots", "model.vocab_size", "model.max_seq_len")
-_STUDENT_INHERITS = (*_TEACHER_INHERITS, "seed", "data.num_examples", "model")
-_NEVER_INHERITED = ("run.dir",)
+                     "data.tokenizer", "data.seq_len", "data.on_error", "data.seed", "run", "run.",
+                     "rollout.max_prompt_len", "rollout.max_new_tokens", "rollout.num_slots", "model.vocab_size",
+                     "model.max_seq_len")
+_STUDENT_INHERITS = (*_TEACHER_INHERITS, "seed", "data.num_examples", "model", "model.")
 
 
 class Upstream(NamedTuple):
@@ -56,14 +68,25 @@ def entry_point(function):
 
     @hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name="config")
     def main(composed):
-        try:
+        with _clear_errors():
             function(checked(composed), list(HydraConfig.get().overrides.task))
-        except (ValueError, OSError, FloatingPointError) as error:
-            # Facts about the user's input or machine: the message says what to do, a traceback would bury it.
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
 
-    return main
+    def checked_main():
+        with _clear_errors():
+            check_fields(sys.argv[1:])
+        main()
+
+    return checked_main
+
+
+@contextlib.contextmanager
+def _clear_errors():
+    """Facts about the user's input or machine end the process with their message: a traceback would bury it."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 def train(recipe, overrides):
@@ -199,8 +222,9 @@ class Plan:
         if data.tokenizer:
             tokenizer = Tokenizer(data.tokenizer)
             if inherited and inherited.is_file() and Tokenizer(inherited).digest != tokenizer.digest:
-                raise ValueError(f"data.tokenizer={data.tokenizer} is not the tokenizer that init_from={self.init.folder} "
-                                 f"was trained with: leave data.tokenizer out, or use {inherited}.")
+                raise ValueError(f"data.tokenizer={data.tokenizer} is not the tokenizer that "
+                                 f"init_from={self.init.folder} was trained with: leave data.tokenizer out, or use "
+                                 f"{inherited}.")
             return tokenizer
         if inherited and inherited.is_file():
             return Tokenizer(inherited)
@@ -243,12 +267,9 @@ class Plan:
 
 
 def _inherited(overrides, names):
-    def is_inherited(override):
-        name = override.split("=")[0].lstrip("+~")
-        return name not in _NEVER_INHERITED and (name in names or any(
-            name.startswith(f"{group}.") for group in names if group in ("run", "model") and group != "data"))
-
-    return [override for override in overrides if is_inherited(override)]
+    names_and_overrides = [(override.split("=")[0].lstrip("+~"), override) for override in overrides]
+    return [override for name, override in names_and_overrides
+            if name != "run.dir" and (name in names or f"{name.split('.')[0]}." in names)]
 
 
 def _require_upstream(field, command):
@@ -317,7 +338,15 @@ def _tokenize(plan, examples):
 
 
 def _prompts(plan, examples):
-    return [encode_prompt(plan.tokenizer, example.messages[:-1]) for example in examples]
+    """Token ids of the examples' prompts. Raises ValueError if one is longer than rollout.max_prompt_len."""
+    prompts = [encode_prompt(plan.tokenizer, example.messages[:-1]) for example in examples]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    limit = plan.recipe.rollout.max_prompt_len
+    if lengths.max(initial=0) > limit:
+        raise ValueError(f"rollout.max_prompt_len={limit}: {int((lengths > limit).sum())} of {len(prompts)} prompts "
+                         f"are longer, the longest has {lengths.max()} tokens; raise rollout.max_prompt_len (and "
+                         "data.seq_len with it) or remove them.")
+    return prompts
 
 
 def _pack(plan, samples, seed):
@@ -416,13 +445,14 @@ def _say_run(plan, model, num_steps):
     say(f"{recipe.recipe}: {size:,} parameters, {num_steps} steps of {tokens:,} tokens, run folder {plan.folder}")
 
 
-def _finish(plan, loop, started, first, last, more=None):
-    """Write done.json: what came out, before and after, with the wall time of this start and the peak memory."""
-    summary = {"seconds": round(time.monotonic() - started, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
-               "before": first, "after": last, **(more or {})}
-    if not (plan.folder / "checkpoints" / "best").exists():
-        mark_best(plan.folder, loop.step)
+def _finish(plan, loop, first, last):
+    """Write done.json (what came out, before and after, with wall time and peak memory) and report.html."""
+    from .tools.report import draw_report, read_run
+
+    summary = {"seconds": round(loop.seconds(), 1), "peak_memory_gib": round(peak_memory_gib(), 3),
+               "before": first, "after": last}
     loop.finish(summary)
+    write_atomic(plan.folder / "report.html", draw_report([read_run(plan.folder)]))
     pairs = "  ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first)
     say(f"{plan.recipe.recipe}: done in {format_seconds(summary['seconds'])}, {pairs}; {plan.folder}")
 
@@ -438,7 +468,6 @@ def _heldout_history(plan):
 
 
 def _train_language_model(plan):
-    started = time.monotonic()
     recipe = plan.recipe
     start(recipe.run)
     from .trainers import language_model
@@ -454,7 +483,7 @@ def _train_language_model(plan):
         _say_run(plan, model, num_steps)
         evaluate = _validator(plan, model, loss_fn, language_model.METRICS, _tokenize(plan, plan.corpus.heldout))
         loop.fit(batches, num_steps, lambda: evaluate(loop.step))
-        _finish(plan, loop, started, *_heldout_history(plan))
+        _finish(plan, loop, *_heldout_history(plan))
 
 
 # ---- Distillation ----------------------------------------------------------------------------------------------------
@@ -568,8 +597,8 @@ def _kept_samples(plan, examples, answers, criteria, dropped):
     def is_wrong(n):
         example = examples[answers.prompt_index[n]]
         if not _is_verifiable(example):
-            raise ValueError(f"rollout.drop=[wrong]: training example {answers.prompt_index[n]} has no numeric value to "
-                             "verify; leave wrong out of rollout.drop or give every example a value.")
+            raise ValueError(f"rollout.drop=[wrong]: training example {answers.prompt_index[n]} has no numeric value "
+                             "to verify; leave wrong out of rollout.drop or give every example a value.")
         return score(example.value, decode_response(plan.tokenizer, answers.answer(n)).content) != 1.0
 
     unwanted = find_unwanted(answers, criteria, min_tokens=rollout.min_tokens, max_repeats=rollout.max_repeats,
@@ -599,13 +628,12 @@ def _examples_digest(plan, split):
 
 def _note(folder, started, text, numbers):
     seconds = round(time.monotonic() - started, 1)
-    write_atomic(folder / "summary.json", json.dumps({"seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3),
-                                                      **numbers}))
+    measured = {"seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3), **numbers}
+    write_atomic(folder / "summary.json", json.dumps(measured))
     say(f"{text}, {format_seconds(seconds)}")
 
 
 def _distill(plan):
-    started = time.monotonic()
     recipe = plan.recipe
     start(recipe.run)
     from .distillation.annotate import read_annotated
@@ -644,4 +672,4 @@ def _distill(plan):
         before, last = _heldout_history(plan)
         # Before training, the held-out answers are the student's own; after it, it has answered anew.
         before["own_kl"], last["own_kl"] = before["kl"], own["kl"]
-        _finish(plan, loop, started, before, last)
+        _finish(plan, loop, before, last)

@@ -1,6 +1,7 @@
 """Batched generation with a key/value cache; the loop over tokens runs inside one compiled graph.
 
-B slots, R prompts of a refill, P prompt length, A answer length, S = P + A cache length, M key/value heads, H head size.
+B slots, R prompts of a refill, P prompt length, A answer length, S = P + A cache length, M key/value heads,
+H head size.
 """
 
 from typing import NamedTuple

@@ -18,17 +18,17 @@ from ..ops.swiglu import swiglu
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
 
 
-def _parameter(name, array):
-    return Parameter(Tensor(array), name=name)
+def _parameter(array):
+    return Parameter(Tensor.from_numpy(array))  # shares the array's memory: a copy less at 1B parameters
 
 
 class Linear(nn.Cell):
     """x [T, in] @ weight^T [in, out] + bias, in x's dtype; the float32 master weight is cast on the fly."""
 
-    def __init__(self, name, weight, bias=None):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        self.weight = _parameter(f"{name}.weight", weight)
-        self.bias = None if bias is None else _parameter(f"{name}.bias", bias)
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x):
@@ -41,27 +41,24 @@ class Linear(nn.Cell):
 class Layer(nn.Cell):
     """One decoder layer. q, k, v share a projection, and so do gate and up."""
 
-    def __init__(self, config, index, init):
+    def __init__(self, config, init):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
         hidden, q_size, kv_size = config.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        name = f"layers.{index}"
-        self.input_norm = _parameter(f"{name}.input_norm.weight", np.ones(hidden, np.float32))
-        self.qkv_proj = Linear(f"{name}.qkv_proj", init(q_size + 2 * kv_size, hidden),
-                               np.zeros(q_size + 2 * kv_size, np.float32))
-        self.o_proj = Linear(f"{name}.o_proj", init(hidden, q_size), np.zeros(hidden, np.float32))
-        self.post_attention_norm = _parameter(f"{name}.post_attention_norm.weight", np.ones(hidden, np.float32))
-        self.gate_up_proj = Linear(f"{name}.gate_up_proj", init(2 * config.intermediate_size, hidden))
-        self.down_proj = Linear(f"{name}.down_proj", init(hidden, config.intermediate_size))
+        self.input_norm = _parameter(np.ones(hidden, np.float32))
+        self.qkv_proj = Linear(init(q_size + 2 * kv_size, hidden), np.zeros(q_size + 2 * kv_size, np.float32))
+        self.o_proj = Linear(init(hidden, q_size), np.zeros(hidden, np.float32))
+        self.post_attention_norm = _parameter(np.ones(hidden, np.float32))
+        self.gate_up_proj = Linear(init(2 * config.intermediate_size, hidden))
+        self.down_proj = Linear(init(hidden, config.intermediate_size))
 
     def project_qkv(self, h_TD, cos, sin):
         """Rotated q [T, N, H] and k [T, M, H], and v [T, M, H]."""
         x = rms_norm(h_TD, ops.cast(self.input_norm, h_TD.dtype), self.eps)
         heads = self.qkv_proj(x).reshape(h_TD.shape[0], -1, self.head_dim)
-        first_v = self.num_heads + self.num_kv_heads
-        rotated = rope(heads[:, :first_v], cos, sin)
-        return rotated[:, :self.num_heads], rotated[:, self.num_heads:], heads[:, first_v:]
+        q, k, v = ops.split(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        return rope(q, cos, sin), rope(k, cos, sin), v
 
     def finish(self, h_TD, attended_TNH):
         """The rest of the layer after attention."""
@@ -106,11 +103,10 @@ class Pangu(nn.Cell):
             weight = random.standard_normal((rows, columns), dtype=np.float32)
             return np.multiply(weight, np.float32(config.init_std), out=weight)
 
-        self.embedding = _parameter("embedding.weight", init(config.vocab_size, config.hidden_size))
-        self.layers = nn.CellList([Layer(config, i, init) for i in range(config.num_layers)])
-        self.norm = _parameter("norm.weight", np.ones(config.hidden_size, np.float32))
-        self.lm_head = (None if config.tie_embedding else
-                        _parameter("lm_head.weight", init(config.vocab_size, config.hidden_size)))
+        self.embedding = _parameter(init(config.vocab_size, config.hidden_size))
+        self.layers = nn.CellList([Layer(config, init) for _ in range(config.num_layers)])
+        self.norm = _parameter(np.ones(config.hidden_size, np.float32))
+        self.lm_head = None if config.tie_embedding else _parameter(init(config.vocab_size, config.hidden_size))
         self.inverse_frequencies = Tensor(inverse_frequencies(config.head_dim, config.rope_theta))
         self.matmul = ops.MatMul(transpose_b=True)
 

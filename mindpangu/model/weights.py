@@ -262,7 +262,8 @@ def _find_tensors(folder):
         files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {_INDEX_FILE}: download or copy them again.")
+            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {_INDEX_FILE}: "
+                             "download or copy them again.")
     else:
         raise ValueError(f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}: expected safetensors weights "
                          "(convert pytorch_model.bin with transformers' save_pretrained).")
@@ -297,7 +298,9 @@ def _map(tensor):
 def _read_tensor(tensor, out):
     """Decode a stored tensor into the float32 array `out` of the same shape."""
     if tensor.dtype == "BF16":
-        np.left_shift(_map(tensor), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+        bits = out.view(np.uint32)
+        bits[...] = _map(tensor)
+        bits <<= 16  # two passes: a shift that converts too takes several times as long
     else:
         out[...] = _map(tensor)
 

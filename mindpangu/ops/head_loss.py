@@ -26,7 +26,8 @@ class HeadLoss(nn.Cell):
 
     def run_chunk(self, hidden_CD, weight_VD, targets):
         loss, metrics, dlogits = self.logits_loss(self.project(hidden_CD, weight_VD), *targets)
-        return loss, metrics, self.hidden_grad(dlogits, weight_VD), self.weight_grad(dlogits, hidden_CD)
+        d_weight = ops.cast(self.weight_grad(dlogits, hidden_CD), ms.float32)  # summed over chunks in float32
+        return loss, metrics, self.hidden_grad(dlogits, weight_VD), d_weight
 
     def construct(self, hidden_SD, weight_VD, targets):
         """targets: a tuple of tensors [S, ...]. Returns loss_sum, metric_sums_M and the gradients that bprop reads."""
@@ -42,8 +43,9 @@ class HeadLoss(nn.Cell):
             chunked = chunked + (_in_chunks(target, padding, chunk),)
         loss = ops.zeros((), ms.float32)
         metrics = ops.zeros((self.num_metrics,), ms.float32)
+        # ops.zeros, not zeros_like: beside bprop's zeros_like the graph compiler fails ("func graph is empty").
         d_hidden = ops.zeros(hidden.shape, hidden.dtype)
-        d_weight = ops.zeros(weight_VD.shape, weight_VD.dtype)
+        d_weight = ops.zeros(weight_VD.shape, ms.float32)
         i = ops.zeros((), ms.int32)
         while i < num_chunks:
             parts = ()
@@ -62,7 +64,8 @@ class HeadLoss(nn.Cell):
         d_targets = ()
         for target in targets:
             d_targets = d_targets + (ops.zeros_like(target),)
-        return out[2] * dout[0], out[3] * dout[0], d_targets
+        d_hidden = ops.cast(out[2] * dout[0], hidden_SD.dtype)
+        return d_hidden, ops.cast(out[3] * dout[0], weight_VD.dtype), d_targets
 
 
 def _in_chunks(x, padding, chunk):

@@ -7,7 +7,10 @@ from .kernels import is_native
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis. x [..., D], weight [D]; statistics in float32, x's dtype out."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, with statistics in float32.
+
+    x [..., D], weight [D]; returns x's shape and dtype.
+    """
     if is_native("rms_norm"):
         return ops.rms_norm(x, weight, eps)[0]
     x32 = ops.cast(x, ms.float32)

@@ -1,4 +1,4 @@
-"""Cross-entropy and KL(teacher || student) of a chunk of logits, where only the teacher's K most likely tokens are known.
+"""Cross-entropy and KL(teacher || student) of a chunk of logits, with the teacher known at its K most likely tokens.
 
 N positions, V vocabulary, K teacher top-k.
 """
@@ -14,11 +14,12 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
             tail="bucket"):
     """Cross-entropy and forward KL to the teacher per position, in nats, and the gradient of their weighted sum.
 
-    teacher_ids_NK: int32, distinct in a row. teacher_logprobs_NK: natural log with respect to the whole vocabulary, at
-    temperature 1. The teacher's mass outside the K tokens is one more outcome, the tail; the student's tail is its mass
-    on all other tokens. A temperature t acts on these K + 1 outcomes of both (p^(1/t), normalised) and the KL is
-    multiplied by t^2, so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531, section 2). With p, q
-    the teacher's and student's outcomes and P, Q their sums over the K tokens, `tail` is one of
+    teacher_ids_NK: int32, distinct in a row, most likely first. teacher_logprobs_NK: natural log with respect to the
+    whole vocabulary, at temperature 1. The teacher's mass outside the K tokens is one more outcome, the tail; the
+    student's tail is its mass on all other tokens. A temperature t acts on these K + 1 outcomes of both (p^(1/t),
+    normalised) and the KL is multiplied by t^2, so that gradients keep their size (Hinton et al. 2015,
+    arXiv:1503.02531, section 2). With p, q the teacher's and student's outcomes and P, Q their sums over the K tokens,
+    `tail` is one of
         bucket                  sum p log(p/q) + p_tail log(p_tail/q_tail)      a lower bound of the full KL
         renormalised_teacher    sum (p/P) log((p/P)/q)
         renormalised_both       sum (p/P) log((p/P)/(q/Q))
@@ -40,10 +41,11 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
     rest_lse_N1 = ops.logsumexp(rest_NV, -1, True)
     teacher_mass_N = ops.minimum(ops.exp(teacher_logprobs_NK).sum(-1), ops.ones_like(ce_N))
     teacher_tail_N1 = ops.expand_dims(1.0 - teacher_mass_N, 1)
-    if num_top == logits.shape[1]:
-        teacher_tail_N1 = ops.zeros_like(teacher_tail_N1)  # nothing is left; 1 - P would be rounding noise
-    p = ops.concat((teacher_logprobs_NK, ops.log(ops.maximum(teacher_tail_N1, ops.full_like(lse_N1, _TINY)))), -1)
-    q = ops.concat((student_NK, rest_lse_N1 - lse_N1), -1)
+    p, q = teacher_logprobs_NK, student_NK
+    has_tail = num_top < logits.shape[1]  # with all tokens kept nothing is left, and 1 - P is rounding noise
+    if has_tail:
+        p = ops.concat((p, ops.log(ops.maximum(teacher_tail_N1, ops.full_like(lse_N1, _TINY)))), -1)
+        q = ops.concat((q, rest_lse_N1 - lse_N1), -1)
     if temperature != 1.0:
         p = ops.log_softmax(p / temperature, -1)
         q = ops.log_softmax(q / temperature, -1)
@@ -61,7 +63,7 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
     grad = ops.exp(p) * -scale
     if tail == "renormalised_both":
         grad = grad - ops.exp(q) * grad.sum(-1, True)
-    if tail != "bucket":
+    if tail != "bucket" and has_tail:
         grad = ops.concat((grad, ops.zeros_like(lse_N1)), -1)
     if temperature != 1.0:
         grad = (grad - ops.exp(q_outcomes) * grad.sum(-1, True)) / temperature
@@ -70,7 +72,8 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
     grad = grad * kl_weights_N1
     # A top-k log-probability moves with its logit and -lse, the tail's with every other logit and -lse.
     dlogits = ops.exp(logits - lse_N1) * (ce_weights_N1 - grad.sum(-1, True))
-    dlogits = dlogits + ops.exp(rest_NV - rest_lse_N1) * grad[:, num_top:]
+    if has_tail:
+        dlogits = dlogits + ops.exp(rest_NV - rest_lse_N1) * grad[:, num_top:]
     dlogits = ops.tensor_scatter_elements(dlogits, teacher_ids_NK, grad[:, :num_top], 1, "add")
     dlogits = ops.tensor_scatter_elements(dlogits, labels_N1, -ce_weights_N1, 1, "add")
 

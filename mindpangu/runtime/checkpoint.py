@@ -40,7 +40,7 @@ def write_atomic(path, text):
 
 
 def lock_folder(folder):
-    """Keep other runs out of a folder for this process's life. Returns the open lock; raises ValueError if it is taken."""
+    """Keep other runs out of a folder while the returned file is open. Raises ValueError if it is taken."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +110,8 @@ def save_checkpoint(folder, step, save_model, optimizer_arrays, state):
         shutil.rmtree(aside, ignore_errors=True)
         kept = newest_checkpoint(folder)
         raise OSError(error.errno, f"cannot save {final}: {error.strerror or error}. "
-                                   f"The last good checkpoint is {kept or 'none'}; make room or choose another run.dir, "
-                                   "then run the same command again") from error
+                                   f"The last good checkpoint is {kept or 'none'}; make room or choose another "
+                                   "run.dir, then run the same command again") from error
     return final
 
 

@@ -77,6 +77,7 @@ class Loop:
         self.step = 0
         self.best = None  # {"step", "value"} of the best validation
         self.num_tokens = 0
+        self.started, self.seconds_before = time.monotonic(), 0.0  # of this start, and of those before it
 
         gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names))
         optimizer, clip_norm = self.optimizer, train.clip_norm
@@ -92,6 +93,10 @@ class Loop:
 
         self.training_step = ms.jit(training_step) if run.mode == "graph" else training_step
 
+    def seconds(self):
+        """Wall time of the run so far, over all its starts."""
+        return self.seconds_before + time.monotonic() - self.started
+
     def optimizer_parameters(self):
         return list(self.optimizer.m) + list(self.optimizer.v)
 
@@ -106,8 +111,10 @@ class Loop:
         load_model(newest)
         arrays = checkpoints.load_optimizer(newest, self.optimizer_parameters())
         for parameter in self.optimizer_parameters():
-            parameter.set_data(Tensor(arrays[parameter.name]))
+            # Assigned in place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
+            ops.assign(parameter, Tensor(arrays[parameter.name]))
         self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
+        self.seconds_before = state["seconds"]
         self.metrics_file.keep_until(self.step)
         say(f"resuming at step {self.step} of {self.num_steps} from {newest}")
         return state["state"]
@@ -116,7 +123,8 @@ class Loop:
         """Write a checkpoint of this moment. state: JSON-able, given back by `resume`."""
         checkpoints.save_checkpoint(self.folder, self.step, self.save_model,
                                     checkpoints.as_arrays(self.optimizer_parameters()),
-                                    {"best": self.best, "num_tokens": self.num_tokens, "state": state})
+                                    {"best": self.best, "num_tokens": self.num_tokens,
+                                     "seconds": round(self.seconds(), 1), "state": state})
         if self.best and self.best["step"] == self.step:
             checkpoints.mark_best(self.folder, self.step)
         checkpoints.prune_checkpoints(self.folder, self.run.keep_checkpoints)
@@ -154,10 +162,11 @@ class Loop:
                 loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.step, lr), *arrays)
                 loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
+                    kept = checkpoints.newest_checkpoint(self.folder) or "none"
                     raise FloatingPointError(
-                        f"step {self.step}, rank 0: loss {loss / metrics[0]}, grad_norm {norm}: not finite; nothing was "
-                        f"updated. The last good checkpoint is {checkpoints.newest_checkpoint(self.folder) or 'none'}. "
-                        "A lower train.lr, a longer train.warmup_steps or cleaner data usually help.")
+                        f"step {self.step}, rank 0: loss {loss / metrics[0]}, grad_norm {norm}: not finite; nothing "
+                        f"was updated. The last good checkpoint is {kept}. A lower train.lr, a longer "
+                        "train.warmup_steps or cleaner data usually help.")
                 self.step += 1
                 self.num_tokens += batch.tokens_AT.size
                 window.add(loss, norm, metrics, batch.tokens_AT.size, ready - started, time.monotonic() - started)
@@ -206,7 +215,8 @@ class _Window:
 
     def take(self, names):
         weight = self.metrics[0]
-        values = {"loss": self.loss / weight, "grad_norm": self.norm, "tokens_per_s": round(self.tokens / self.seconds, 1),
+        values = {"loss": self.loss / weight, "grad_norm": self.norm,
+                  "tokens_per_s": round(self.tokens / self.seconds, 1),
                   "data_wait": round(self.waited / self.seconds, 4)}
         values |= {name: self.metrics[i + 1] / weight for i, name in enumerate(names)}
         self.clear()

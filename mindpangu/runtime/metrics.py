@@ -38,16 +38,16 @@ def format_seconds(seconds):
 
 
 class Reporter:
-    """Progress of one piece of long work: a live bar on a terminal, elsewhere a plain line every 30 s with the time left."""
+    """Progress of long work: a live bar on a terminal, elsewhere a plain line every 30 s; both with the time left."""
 
     def __init__(self, title, total, done=0):
         self.title, self.total, self.done, self.start_done = title, total, done, done
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if sys.stdout.isatty():
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=_console(),
-                                transient=True)
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(),
+                                TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TextColumn("left"),
+                                TimeRemainingColumn(), console=_console(), transient=True)
             self.task = self.bar.add_task(title, total=total, completed=done)
 
     def __enter__(self):
@@ -85,6 +85,7 @@ class MetricsFile:
 
     def __init__(self, folder):
         self.path = Path(folder, "metrics.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep_until(self, step):
         """Drop what a killed run wrote after its last checkpoint, so that no step stands twice."""

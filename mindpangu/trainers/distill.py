@@ -1,4 +1,4 @@
-"""Offline distillation: the composite of cross-entropy and KL to the teacher's stored top-k. S target slots, K top-k."""
+"""Offline distillation: cross-entropy and KL to the teacher's stored top-k. S target slots, K top-k."""
 
 from mindspore import ops
 

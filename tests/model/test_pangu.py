@@ -132,6 +132,23 @@ def test_eager_and_graph_agree(model_and_graph):
     inputs = tensors(tokens, positions, padded(cu_seqlens, 20))
     assert relative_error(graph(*inputs).asnumpy(), eager(*inputs).asnumpy()) < 1e-6
 
+    head_loss = HeadLoss(weighted_cross_entropy, 1, chunk_size=16)
+
+    def loss_of(tokens_T, positions_T, cu_seqlens_C, labels_T, weights_T):
+        hidden = model(tokens_T, positions_T, cu_seqlens_C, 20)
+        return head_loss(hidden, model.head_weight(), (labels_T, weights_T))[0]
+
+    value_and_grad = ms.value_and_grad(loss_of, None, model.trainable_params())
+
+    def run(tokens_T, positions_T, cu_seqlens_C, labels_T, weights_T):
+        return value_and_grad(tokens_T, positions_T, cu_seqlens_C, labels_T, weights_T)
+
+    inputs += tensors(np.roll(tokens, -1), np.ones(60, np.float32))
+    (loss, gradients), (eager_loss, eager_gradients) = ms.jit(run)(*inputs), run(*inputs)
+    assert relative_error(loss.asnumpy(), eager_loss.asnumpy()) < 1e-6
+    for gradient, eager_gradient in zip(gradients, eager_gradients, strict=True):
+        assert relative_error(gradient.asnumpy(), eager_gradient.asnumpy()) < 1e-6
+
 
 def test_packed_documents_do_not_see_each_other(model_and_graph):
     model, eager, graph = model_and_graph
@@ -197,7 +214,7 @@ def loss_over_all_targets(config, num_tokens):
 
 def test_first_loss_of_a_random_model_is_that_of_normal_logits():
     config = ModelConfig(hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=512,
-                         vocab_size=8192, max_seq_len=64, tie_embedding=False, init_std=0.05)
+                         vocab_size=8192, max_seq_len=64, tie_embedding=False, init_std=0.05, eos_id=2)
     # Logits are normal with variance D s^2 = 0.64. The mean of V exponentials of them is off by a relative
     # sqrt((e^0.64 - 1) / V) = 0.0105 for one position; three times that.
     assert abs(loss_over_all_targets(config, 64) - (math.log(8192) + 256 * 0.05**2 / 2)) < 0.032

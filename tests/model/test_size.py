@@ -34,7 +34,7 @@ def test_parameter_counts_are_the_published_ones():
 
 def test_flops_count_every_multiplication_and_addition():
     config = ModelConfig(hidden_size=6, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2, intermediate_size=5,
-                         vocab_size=11, max_seq_len=16, tie_embedding=False)
+                         vocab_size=11, max_seq_len=16, tie_embedding=False, eos_id=2)
     # Per token and layer: q, k, v, o, three MLP matrices; the biases and norms at one multiplication and addition each.
     layer = 2 * (6 * 8 + 8 + 2 * (6 * 4 + 4) + 8 * 6 + 6 + 3 * 6 * 5 + 2 * 6)
     head = 2 * (11 * 6 + 6)  # output projection and final norm; the input embedding is looked up

@@ -80,7 +80,8 @@ def change(folder, **tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", [TIED, UNTIED])
 @pytest.mark.parametrize("shard_size", ["1GB", "9KB"])
-def test_loaded_weights_are_those_that_transformers_saved(dtype, seed, shard_size, random_config, random_llama, tmp_path):
+def test_loaded_weights_are_those_that_transformers_saved(dtype, seed, shard_size, random_config, random_llama,
+                                                          tmp_path):
     config = random_config(seed)
     llama = random_llama(config, seed).to(dtype)
     llama.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -110,7 +111,7 @@ def test_transformers_opens_saved_weights(dtype, seed, max_shard_gib, random_con
 
 def test_bfloat16_rounds_like_torch_for_every_kind_of_value(tmp_path):
     model = Pangu(ModelConfig(hidden_size=64, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, vocab_size=2048,
-                              intermediate_size=1, max_seq_len=8))
+                              intermediate_size=1, max_seq_len=8, eos_id=2))
     random = np.random.default_rng(0)
     bits = random.integers(0, 2**32, model.embedding.shape, np.uint32)  # subnormals, infinities and NaN included
     bits[1] = (bits[1] & 0xFFFF0000) | 0x8000  # ties
@@ -165,7 +166,8 @@ def test_stray_rotary_tables_are_ignored_by_their_name_only(folder):
 def test_one_error_lists_every_tensor_that_does_not_fit_and_assigns_none(folder):
     config, path = folder
     change(path, model__norm__weight=None, model__layers__0__self_attn__o_proj__bias=None,
-           model__layers__0__mlp__up_proj__bias=torch.zeros(4), model__layers__99__mlp__up_proj__weight=torch.zeros(2, 3),
+           model__layers__0__mlp__up_proj__bias=torch.zeros(4),
+           model__layers__99__mlp__up_proj__weight=torch.zeros(2, 3),
            model__layers__0__mlp__down_proj__weight=torch.zeros(config.intermediate_size, config.hidden_size),
            model__layers__0__input_layernorm__weight=torch.zeros(config.hidden_size, dtype=torch.int8))
     model = Pangu(config, seed=1)
@@ -286,7 +288,7 @@ def test_config_json_of_the_1b_reads_without_head_dim(tmp_path):
 ])
 def test_a_config_json_that_means_another_model_is_refused(key, value, message, tmp_path):
     good = config_json(ModelConfig(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=64,
-                                   intermediate_size=64, max_seq_len=64))
+                                   intermediate_size=64, max_seq_len=64, eos_id=2))
     (tmp_path / "config.json").write_text(json.dumps(good | {key: value}))
     with pytest.raises(ValueError) as error:
         read_config(tmp_path)

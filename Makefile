@@ -1,0 +1,41 @@
+# make run        install into .venv and distil on-policy, from nothing: python -m mindpangu.train recipe=kd_student
+# make test       install with the test tools and run the tests (under 15 minutes on 2 cores)
+# make test-long  the tests that take more than a minute each
+# make bench      speed against named peers, written to bench.json
+# make check      ruff
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test test-long bench check clean
+
+run: $(VENV)/.installed
+	$(BIN)/python -m mindpangu.train recipe=kd_student
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m mindpangu.tools.bench
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)) and "mindpangu needs Python 3.10 or 3.11; $(PYTHON) is %d.%d. Run: make PYTHON=<path of a supported one>" % sys.version_info[:2] or 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,175 @@
+"""Top-k KL and cross-entropy against torch autograd in double precision, and against the gradients on paper."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+
+from mindpangu.ops.topk_kl import topk_kl
+
+pytestmark = pytest.mark.usefixtures("mindspore_cpu")
+TAILS = ("bucket", "renormalised_teacher", "renormalised_both", "truncated")
+# MindSpore's exp on CPU has a relative error of up to 5e-6; values and gradients here are sums of a few such numbers
+# of size 1 times log-ratios of up to 10. The error of the teacher's tail 1 - P grows by 1 / sqrt(tail) at temperature
+# 2, so that the cases below keep tails of at least 0.02.
+ATOL = 2e-5
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def top_k(logprobs_NV, k):
+    """Ids and float32 log-probabilities of the k largest, largest first."""
+    ids = np.argsort(-logprobs_NV, -1)[:, :k].astype(np.int32)
+    return ids, np.take_along_axis(logprobs_NV, ids, -1).astype(np.float32)
+
+
+def random_case(seed=0, num_positions=6, vocab_size=30, k=5):
+    """Student logits and a teacher near them, as after fine-tuning: logits, ids, log-probabilities, labels."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (num_positions, vocab_size)).astype(np.float32)
+    teacher = logits + random.normal(0, 1, logits.shape)
+    ids, logprobs = top_k(log_softmax(teacher), k)
+    return logits, ids, logprobs, random.integers(0, vocab_size, num_positions).astype(np.int32)
+
+
+def reference(logits_NV, ids_NK, logprobs_NK, labels_N, temperature, tail):
+    """ce_N and kl_N from a torch double tensor of logits, by the definition."""
+    student = torch.log_softmax(logits_NV, -1)
+    ce_N = -student.gather(1, torch.tensor(labels_N, dtype=torch.long)[:, None])[:, 0]
+    ids = torch.tensor(ids_NK, dtype=torch.long)
+    others = torch.ones_like(logits_NV, dtype=torch.bool).scatter(1, ids, False)
+    p = torch.tensor(logprobs_NK, dtype=torch.float64)
+    q = student.gather(1, ids)
+    if others.any():
+        p = torch.cat([p, torch.log1p(-p.exp().sum(-1, keepdim=True))], 1)
+        q = torch.cat([q, student.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)], 1)
+    p, q = torch.log_softmax(p / temperature, -1), torch.log_softmax(q / temperature, -1)
+    if tail != "bucket":
+        p, q = p[:, :ids.shape[1]], q[:, :ids.shape[1]]
+    if tail.startswith("renormalised"):
+        p = p - p.logsumexp(-1, keepdim=True)
+    if tail == "renormalised_both":
+        q = q - q.logsumexp(-1, keepdim=True)
+    return ce_N, (p.exp() * (p - q)).sum(-1) * temperature**2
+
+
+def run(logits, ids, logprobs, labels, ce_weights, kl_weights, temperature=1.0, tail="bucket"):
+    """ce_N, kl_N, teacher_mass_N, agreement_N, dlogits_NV as arrays."""
+    tensors = [Tensor(np.asarray(array)) for array in (logits, ids, logprobs, labels.astype(np.int32))]
+    weights = [Tensor(np.asarray(array, np.float32)) for array in (ce_weights, kl_weights)]
+    return [out.asnumpy() for out in topk_kl(tensors[0], tensors[3], *tensors[1:3], *weights, temperature, tail)]
+
+
+def check(outputs, logits, ids, logprobs, labels, ce_weights, kl_weights, temperature, tail):
+    ce, kl, teacher_mass, agreement, dlogits = outputs
+    double = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    expected_ce, expected_kl = reference(double, ids, logprobs, labels, temperature, tail)
+    (expected_ce * torch.tensor(ce_weights) + expected_kl * torch.tensor(kl_weights)).sum().backward()
+    np.testing.assert_allclose(ce, expected_ce.detach().numpy(), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(kl, expected_kl.detach().numpy(), rtol=0, atol=ATOL * max(1, temperature**2))
+    np.testing.assert_allclose(dlogits, double.grad.numpy(), rtol=0, atol=ATOL * max(1, temperature**2))
+    np.testing.assert_allclose(teacher_mass, np.exp(logprobs.astype(np.float64)).sum(-1), rtol=0, atol=ATOL)
+    assert np.array_equal(agreement, (logits.argmax(-1) == ids[:, 0]).astype(np.float32))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_values_and_gradient_match_double_precision(tail, temperature):
+    for seed, k in enumerate((1, 5, 8)):
+        case = random_case(seed, k=k)
+        assert np.exp(case[2]).sum(-1).max() < 0.98
+        random = np.random.default_rng(seed)
+        weights = [random.uniform(0, 2, 6).astype(np.float32) for _ in range(2)]
+        check(run(*case, *weights, temperature, tail), *case, *weights, temperature, tail)
+
+
+def test_compiled_graphs_match_double_precision():
+    case, weights = random_case(), np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6)
+
+    @ms.jit
+    def all_tails(logits, labels, ids, logprobs, ce_weights, kl_weights):
+        outputs = ()
+        for tail in TAILS:
+            outputs = outputs + (topk_kl(logits, labels, ids, logprobs, ce_weights, kl_weights, 2.0, tail),)
+        return outputs
+
+    logits, ids, logprobs, labels = case
+    outputs = all_tails(*map(Tensor, (logits, labels, ids, logprobs, *weights)))
+    for tail, output in zip(TAILS, outputs, strict=True):
+        check([tensor.asnumpy() for tensor in output], *case, *weights, 2.0, tail)
+
+
+@pytest.mark.parametrize(("tail", "on_paper"), [
+    ("bucket", lambda p, q, P, Q: q - p),
+    ("renormalised_teacher", lambda p, q, P, Q: q - p / P),
+    ("renormalised_both", lambda p, q, P, Q: q / Q - p / P),
+    ("truncated", lambda p, q, P, Q: P * q - p),
+])
+def test_gradient_on_the_top_k_logits_is_the_one_on_paper(tail, on_paper):
+    logits, ids, logprobs, labels = random_case()
+    dlogits = run(logits, ids, logprobs, labels, np.zeros(6), np.ones(6), 1.0, tail)[-1]
+    p, q = np.exp(logprobs.astype(np.float64)), np.exp(np.take_along_axis(log_softmax(logits), ids, -1))
+    expected = on_paper(p, q, p.sum(-1, keepdims=True), q.sum(-1, keepdims=True))
+    np.testing.assert_allclose(np.take_along_axis(dlogits, ids, -1), expected, rtol=0, atol=ATOL)
+
+
+def test_bucket_and_both_renormalised_are_never_negative():
+    for tail in ("bucket", "renormalised_both"):
+        case = random_case(num_positions=500, k=4)
+        assert (run(*case, np.zeros(500), np.ones(500), 1.0, tail)[1] > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", ["bucket", "renormalised_both"])
+def test_zero_where_student_and_teacher_agree(tail, temperature):
+    logits, _, _, labels = random_case()
+    ids, logprobs = top_k(log_softmax(logits), 5)
+    _, kl, _, agreement, dlogits = run(logits, ids, logprobs, labels, np.zeros(6), np.ones(6), temperature, tail)
+    assert np.abs(kl).max() < ATOL and np.abs(dlogits).max() < ATOL and agreement.all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_with_the_whole_vocabulary_it_is_the_full_kl(tail, temperature):
+    logits, ids, logprobs, labels = random_case(k=30)
+    _, kl, teacher_mass, _, dlogits = run(logits, ids, logprobs, labels, np.zeros(6), np.ones(6), temperature, tail)
+    teacher = np.zeros(logits.shape)
+    np.put_along_axis(teacher, ids, logprobs, -1)
+    p, q = log_softmax(teacher / temperature), log_softmax(logits / np.float64(temperature))
+    expected = (np.exp(p) * (p - q)).sum(-1) * temperature**2
+    # t^2 multiplies both the value and its rounding.
+    np.testing.assert_allclose(kl, expected, rtol=0, atol=ATOL * max(1, temperature**2))
+    np.testing.assert_allclose(dlogits, (np.exp(q) - np.exp(p)) * temperature, rtol=0, atol=ATOL * max(1, temperature))
+    np.testing.assert_allclose(teacher_mass, 1, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_student_with_all_its_mass_on_the_top_k_is_right(tail, temperature):
+    # Student's tail about 1e-9 (1 - Q is 0 in float32), teacher's tail 0.1 (row 0) and 0.02 (row 1).
+    logits = np.zeros((2, 20), np.float32)
+    logits[:, :3] = [23.5, 22.5, 22.0]
+    teacher = np.log(np.array([[0.5, 0.3, 0.1], [0.6, 0.3, 0.08]]))
+    case = logits, np.tile(np.arange(3, dtype=np.int32), (2, 1)), teacher.astype(np.float32), np.array([0, 5])
+    assert 1e-10 < 1 - np.exp(log_softmax(logits))[0, :3].sum() < 3e-9
+    check(run(*case, np.ones(2), np.ones(2), temperature, tail), *case, np.ones(2), np.ones(2), temperature, tail)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_extreme_inputs_stay_finite(tail, temperature):
+    # A teacher that is certain of one token, of all K (mass 1 + 6e-8 after rounding), and a row of padding: all zero.
+    logits = np.random.default_rng(0).normal(0, 2, (4, 12)).astype(np.float32)
+    logits[1, 4] = 500  # the student is certain of another token
+    logits[2] = 0
+    ids = np.array([[0, 1, 2], [0, 1, 2], [3, 4, 5], [0, 0, 0]], np.int32)
+    logprobs = np.array([[0, -80, -90], [0, -80, -90], [np.log(1 / 3) + 1e-7] * 3, [0, 0, 0]], np.float32)
+    weights = np.array([1, 1, 1, 0], np.float32)
+    outputs = run(logits, ids, logprobs, np.zeros(4, np.int32), weights, weights, temperature, tail)
+    assert all(np.isfinite(output).all() for output in outputs)
+    assert not outputs[-1][3].any()

@@ -1,0 +1,160 @@
+"""THE step and the loop: gradients, resume, failures. A small real model on real packed batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mindpangu.config import ModelConfig, RunConfig, TrainConfig
+from mindpangu.data.batches import PackedBatches, tokenized_to_samples
+
+CONFIG = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
+                     vocab_size=40, max_seq_len=64, rope_theta=1e4, eos_id=2)
+SEQ_LEN = 32
+
+
+def _samples(seed=0, count=60):
+    random = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        length = int(random.integers(4, 20))
+        tokens = random.integers(3, CONFIG.vocab_size, length).astype(np.int32)
+        samples.append((tokens, np.arange(length) >= random.integers(1, length)))
+    return tokenized_to_samples(samples)
+
+
+def _batches(rows_per_step=8, micro_batch_rows=4):
+    return PackedBatches(_samples(), seq_len=SEQ_LEN, rows_per_step=rows_per_step, micro_batch_rows=micro_batch_rows,
+                         pad_id=0, seed=1)
+
+
+def _model():
+    from mindpangu.model.pangu import Pangu
+
+    return Pangu(CONFIG, seed=3)
+
+
+def _loss(model):
+    from mindpangu.trainers.language_model import make_loss
+
+    return make_loss(model, SEQ_LEN, 64)
+
+
+def _loop(folder, model, mode="graph", num_steps=9, **run):
+    from mindpangu.model.weights import save_weights
+    from mindpangu.runtime.loop import Loop
+
+    train = TrainConfig(steps=num_steps, rows_per_step=8, micro_batch_rows=4, lr=1e-2, warmup_steps=2)
+    return Loop(_loss(model), (), model.trainable_params(), train=train,
+                run=RunConfig(mode=mode, **({"log_every": 1, "save_every": 2} | run)), num_steps=num_steps,
+                folder=folder, save_model=lambda path: save_weights(model, path))
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in _rows(folder) if "loss" in row]
+
+
+def _resumed(folder, **options):
+    """A fresh model, loop and batches that continue from the folder's newest checkpoint."""
+    from mindpangu.model.weights import load_weights
+
+    model = _model()
+    loop = _loop(folder, model, **options)
+    batches = _batches()
+    state = loop.resume(lambda checkpoint: load_weights(model, checkpoint))
+    if state:
+        batches.load_state_dict(state["batches"])
+    return model, loop, batches
+
+
+def test_gradients_do_not_depend_on_how_the_batch_is_split(mindspore_cpu):
+    import mindspore as ms
+
+    from mindpangu.runtime.loop import make_gradient_step
+
+    model = _model()
+    parameters = ms.ParameterTuple(model.trainable_params())
+    step = ms.jit(make_gradient_step(_loss(model), parameters, 1))
+    results = []
+    for micro_batch_rows in (8, 4, 2, 1):
+        batch = next(_batches(8, micro_batch_rows))
+        assert batch.tokens_AT.shape[0] == 8 // micro_batch_rows
+        loss, metrics, grads = step(*map(ms.Tensor, batch.arrays()))
+        results.append((float(loss.asnumpy()) / float(metrics.asnumpy()[0]), [grad.asnumpy() for grad in grads]))
+    for loss, grads in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        for grad, reference in zip(grads, results[0][1], strict=True):
+            # The promise is 1e-6 of each tensor's scale: float32 sums in another order.
+            assert np.abs(grad - reference).max() <= 1e-6 * max(1.0, np.abs(reference).max())
+
+
+def test_eager_and_graph_mode_give_the_same_losses(mindspore_cpu, tmp_path):
+    losses = {}
+    for mode in ("graph", "eager"):
+        _loop(tmp_path / mode, _model(), mode, num_steps=4, save_every=100).fit(_batches(), 4)
+        losses[mode] = np.array(_losses(tmp_path / mode))
+    np.testing.assert_allclose(losses["eager"], losses["graph"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [3, 5])  # in the middle of an epoch and at its end
+def test_resumed_run_repeats_the_uninterrupted_losses_exactly(mindspore_cpu, tmp_path, stop):
+    whole = _model()
+    _loop(tmp_path / "whole", whole).fit(_batches(), 9)
+    first = _loop(tmp_path / "parts", _model())
+    first.fit(_batches(), stop)
+    second, loop, batches = _resumed(tmp_path / "parts")
+    assert loop.step == stop
+    loop.fit(batches, 9)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    for left, right in zip(second.trainable_params(), whole.trainable_params(), strict=True):
+        np.testing.assert_array_equal(left.asnumpy(), right.asnumpy())
+
+
+def test_metrics_written_after_the_last_checkpoint_are_not_kept_twice(mindspore_cpu, tmp_path):
+    _loop(tmp_path, _model()).fit(_batches(), 4)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1.0, "grad_norm": 1.0}\n{"step": 6, "lo')  # what a kill leaves behind
+    _, loop, batches = _resumed(tmp_path)
+    loop.fit(batches, 9)
+    assert [step for step, _, _ in _losses(tmp_path)] == list(range(1, 10))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(mindspore_cpu, tmp_path):
+    import mindspore as ms
+
+    model = _model()
+    loop = _loop(tmp_path, model)
+    loop.fit(_batches(), 2)
+    weights = model.norm.asnumpy().copy()
+    weights[0] = np.nan
+    ms.ops.assign(model.norm, ms.Tensor(weights))
+    before = {p.name: p.asnumpy().copy() for p in [*loop.parameters, *loop.optimizer_parameters()]}
+    with pytest.raises(FloatingPointError, match=r"step 2, rank 0: loss nan.*step-000002"):
+        loop.fit(_batches(), 9)
+    for parameter in [*loop.parameters, *loop.optimizer_parameters()]:
+        np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name])
+
+
+def test_best_and_newest_checkpoints_are_kept(mindspore_cpu, tmp_path):
+    loop = _loop(tmp_path, _model(), save_every=1, keep_checkpoints=2)
+    object.__setattr__(loop.train, "eval_every", 1)  # a recipe is read-only to everyone else
+    scores = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.3, 0.3])  # before step 0 and after each step
+    loop.fit(_batches(), 6, lambda: ({"accuracy": 0.0}, next(scores)))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "best", "step-000002", "step-000005", "step-000006"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000002"
+
+
+def test_a_checkpoint_of_another_model_is_refused(mindspore_cpu, tmp_path):
+    import mindspore as ms
+
+    from mindpangu.runtime.checkpoint import load_optimizer, newest_checkpoint
+
+    _loop(tmp_path, _model()).fit(_batches(), 2)
+    other = [ms.Parameter(ms.Tensor(np.zeros((3, 3), np.float32)), name="m.embedding")]
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load_optimizer(newest_checkpoint(tmp_path), other)

@@ -1,0 +1,70 @@
+"""Who may import whom: DESIGN's rule, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mindpangu"
+ALLOWED = {
+    "config": set(),
+    "data": {"config"},
+    "rewards": {"data"},
+    "ops": set(),
+    "model": {"ops", "config"},
+    "distillation": {"model", "data", "rewards", "config"},
+    "trainers": {"model", "data", "rewards", "config", "ops", "distillation"},
+    "runtime": {"config", "ops"},  # ops: only kernels.select, the choice made when a process starts
+}
+NEVER_MINDSPORE = ("config", "data", "rewards")
+NUMPY_ONLY = ("distillation/cache.py", "model/size.py", "model/weights.py", "runtime/checkpoint.py",
+              "runtime/metrics.py", "pipeline.py", "train.py")
+ENTRY_POINTS = {"train", "rollout", "annotate", "chat"}
+
+
+def _imports(path, top_level_only=False):
+    """Absolute dotted names that a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ["mindpangu", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, node.module] if node.module else base)
+            if not node.module or node.module == "mindpangu":
+                yield from (".".join([*base, *([node.module] if node.module else []), a.name]) for a in node.names)
+
+
+def _files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _unit(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_place_allows(path):
+    unit = _unit(path)
+    ours = {name.split(".")[1] for name in _imports(path) if name.startswith("mindpangu.")}
+    assert not ours & (ENTRY_POINTS - {unit}), "nobody imports an entry point"
+    if unit in ALLOWED:
+        assert ours <= ALLOWED[unit] | {unit}
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_mindspore_stays_out_of_what_runs_without_it(path):
+    relative = str(path.relative_to(PACKAGE))
+    if _unit(path) in NEVER_MINDSPORE:
+        assert not any(name.split(".")[0] == "mindspore" for name in _imports(path))
+    elif relative in NUMPY_ONLY:
+        assert not any(name.split(".")[0] == "mindspore" for name in _imports(path, top_level_only=True))
+
+
+def test_checking_a_recipe_imports_no_mindspore():
+    code = ("import sys, mindpangu.pipeline, mindpangu.tools.report; from mindpangu.config import load_recipe; "
+            "load_recipe(['recipe=kd_student']); assert 'mindspore' not in sys.modules and 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
