@@ -162,6 +162,8 @@ class Plan:
         corpus = load_corpus(self.recipe.data)
         if corpus.skipped:
             say(f"data.on_error=skip: {len(corpus.skipped)} malformed lines skipped, the first: {corpus.skipped[0]}")
+        if corpus.num_unused:
+            say(f"data.num_examples={self.recipe.data.num_examples}: {corpus.num_unused} more examples are not used")
         return corpus
 
     def is_done(self):

@@ -1,4 +1,7 @@
-"""Shared by the tests that touch a model: MindSpore on CPU, random configurations, and transformers as the oracle."""
+"""Shared fixtures: MindSpore on CPU, random configurations, transformers as the oracle, and a run of the whole recipe."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,3 +64,13 @@ def random_llama():
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A folder in which the default recipe ran at scale=smoke, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = subprocess.run([sys.executable, "-m", "mindpangu.train", "scale=smoke"], cwd=folder, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout + done.stderr

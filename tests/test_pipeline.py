@@ -52,13 +52,6 @@ def _files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("summary.json", ".lock")}
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """A folder in which the default recipe ran, and what it printed."""
-    folder = tmp_path_factory.mktemp("smoke")
-    return folder, _run(folder)
-
-
 @pytest.fixture
 def copy(smoke, tmp_path):
     """A folder with everything the smoke run built, to add to or to damage."""

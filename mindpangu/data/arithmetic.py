@@ -3,6 +3,8 @@
 Few words and small numbers (every value is in 1..99), so that a student of 0.1 M parameters can learn most of it from
 2000 to 3000 problems, and a teacher nearly all of it from 60000.
 """
+import argparse
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -168,3 +170,28 @@ def _write_problem(language, start, steps, next_draw):
     answer = "\n".join([*equations, f"#### {value}"])
     space = words["space"]
     return Problem(space.join(sentences), space.join(thoughts), answer, str(value), len(steps), language)
+
+
+def main():
+    """Write problems as a file of chats, the form that data=chats reads."""
+    parser = argparse.ArgumentParser(prog="python -m mindpangu.data.arithmetic", description=main.__doc__)
+    parser.add_argument("file", help="the JSONL file to write")
+    parser.add_argument("--num-problems", type=int, default=2000, help="how many (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other problems (0)")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="disjoint by construction")
+    parser.add_argument("--language", choices=("both", *WORDS), default="both")
+    arguments = parser.parse_args()
+    try:
+        problems = make_problems(arguments.num_problems, arguments.seed, arguments.split, arguments.language)
+        with open(arguments.file, "w", encoding="utf-8") as file:
+            for problem in problems:
+                messages = [{"role": "user", "content": problem.question},
+                            {"role": "assistant", "content": problem.answer, "reasoning_content": problem.thoughts}]
+                file.write(json.dumps({"messages": messages, "value": problem.value}, ensure_ascii=False) + "\n")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{arguments.file}: {len(problems)} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,12 @@ from .documents import read_chats, read_documents, read_gsm8k
 
 
 class Corpus(NamedTuple):
-    """train and heldout: lists of Example, or of str for plain documents; skipped: errors of malformed lines."""
+    """train and heldout: lists of Example, or of str for plain documents."""
 
     train: list
     heldout: list
-    skipped: list
+    skipped: list  # errors of malformed lines
+    num_unused: int = 0  # training examples beyond data.num_examples
 
 
 def load_corpus(data):
@@ -41,10 +42,8 @@ def load_corpus(data):
         order = np.random.Generator(np.random.Philox(len(train))).permutation(len(train))
         heldout = [train[i] for i in sorted(order[:data.num_heldout])]
         train = [train[i] for i in sorted(order[data.num_heldout:])]
-    heldout = heldout[:data.num_heldout]
-    if data.num_examples:
-        train = train[:data.num_examples]
-    return Corpus(train, heldout, skipped)
+    used = train[:data.num_examples or None]
+    return Corpus(used, heldout[:data.num_heldout], skipped, len(train) - len(used))
 
 
 def file_digests(data):

@@ -151,9 +151,9 @@ def train_tokenizer(texts, vocab_size, model_file):
 
 def _explain(reason, vocab_size):
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
-        return (f"tokenizer.vocab_size={vocab_size} is too small for this corpus: its characters, the 256 bytes and "
+        return (f"model.vocab_size={vocab_size} is too small for this corpus: its characters, the 256 bytes and "
                 f"the special pieces need at least {found[1]}.")
     if found := re.search(r"Vocabulary size too high .*<= (\d+)", reason):
-        return (f"tokenizer.vocab_size={vocab_size} is too large for this corpus: choose at most {found[1]}, or give "
+        return (f"model.vocab_size={vocab_size} is too large for this corpus: choose at most {found[1]}, or give "
                 "more text.")
     return f"tokenizer training failed: expected non-empty texts ({reason})."
