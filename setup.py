@@ -2,13 +2,13 @@
 
 import sys
 
-from setuptools import find_packages, setup
-
 SUPPORTED = ((3, 10), (3, 11))
 if sys.version_info[:2] not in SUPPORTED:
     names = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
     sys.exit(f"mindpangu needs Python {names} (MindSpore 2.9.0 and MindFormers 1.9.0 have no others in common); "
              f"this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
+
+from setuptools import find_packages, setup  # noqa: E402 - a Python that is too new may fail to import it
 
 setup(
     name="mindpangu",

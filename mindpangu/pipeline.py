@@ -140,6 +140,7 @@ class Plan:
 
     def __init__(self, recipe, overrides):
         self.recipe, self.overrides = recipe, overrides
+        self.engines = {}  # samplers and annotators made for this plan, see `_sampler` and `_annotator`
         self.root = Path(recipe.run.root)
         self.files = file_digests(recipe.data)
         self.init = self._upstream("init_from", recipe.init_from, _STUDENT_INHERITS)
@@ -490,14 +491,38 @@ def _train_language_model(plan):
 
 # ---- Distillation ----------------------------------------------------------------------------------------------------
 
-def _answers(plan, split, answers_by=None, model=None, folder=None):
+def _sampler(plan, by, model=None):
+    """The Generator that answers as the recipe samples: for "student" and "teacher", or for a student in training."""
+    rollout = plan.recipe.rollout
+    name = ("sampler", by if model is None else "training")
+    if name not in plan.engines:
+        if model is None:
+            model = _load(plan, (plan.teacher if by == "teacher" else plan.init).folder)
+        plan.engines[name] = _generator(plan, model, temperature=rollout.temperature, top_k=rollout.top_k,
+                                        top_p=rollout.top_p)
+    return plan.engines[name]
+
+
+def _annotator(plan):
+    """The teacher, ready to score."""
+    from .distillation.annotate import Annotator
+
+    recipe = plan.recipe
+    if "annotator" not in plan.engines:
+        plan.engines["annotator"] = Annotator(
+            _load(plan, plan.teacher.folder), top_k=recipe.kd.top_k, row_len=recipe.data.seq_len,
+            num_rows=recipe.train.micro_batch_rows, chunk_size=recipe.run.logits_chunk, mode=recipe.run.mode)
+    return plan.engines["annotator"]
+
+
+def _answers(plan, split, model=None, folder=None):
     """ShardFolder of answers to the prompts of "train" or "heldout", complete.
 
-    answers_by: "student" (the default at heldout) or "teacher"; model and folder: a student in training and where its
-    answers go, instead of init_from's weights and a folder shared by all runs with the same key.
+    kd.answers says whose; on held-out prompts, always the student's. model and folder: a student in training and where
+    its answers go, instead of init_from's weights and a folder shared by all runs with the same key.
     """
     recipe, rollout = plan.recipe, plan.recipe.rollout
-    by = answers_by or (recipe.kd.answers if split == "train" else "student")
+    by = "teacher" if recipe.kd.answers == "teacher" and split == "train" else "student"
     upstream = plan.teacher if by == "teacher" else plan.init
     samples_per_prompt = rollout.samples_per_prompt if split == "train" else 1
     examples = getattr(plan.corpus, split)
@@ -516,8 +541,7 @@ def _answers(plan, split, answers_by=None, model=None, folder=None):
     with lock_folder(folder):
         started = time.monotonic()
         say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
-        model = _load(plan, upstream.folder) if model is None else model
-        generator = _generator(plan, model, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p)
+        generator = _sampler(plan, by, model)
         with Reporter("rollout shards", num_shards, num_shards - len(shards.missing())) as reporter:
             sample_answers(generator, _prompts(plan, examples), samples_per_prompt=samples_per_prompt,
                            seed=recipe.seed, prompts_per_shard=rollout.prompts_per_shard, shards=shards,
@@ -536,11 +560,10 @@ def _read_answers(shards, i):
     return Answers(**shards.read(i))
 
 
-def _annotations(plan, split, answers_by=None, model=None, folder=None):
+def _annotations(plan, split, model=None, folder=None):
     """ShardFolder of the teacher's log-probabilities on answers (see `_answers`) or on the reference answers."""
     recipe = plan.recipe
     start(recipe.run)
-    from .distillation.annotate import Annotator
     from .distillation.annotate import annotate as annotate_shards
 
     data, rollout = recipe.data, recipe.rollout
@@ -550,7 +573,7 @@ def _annotations(plan, split, answers_by=None, model=None, folder=None):
         num_shards = -(-len(examples) // rollout.prompts_per_shard)
         source = {"answers": "label", "data": _examples_digest(plan, split)}
     else:
-        answers = _answers(plan, split, answers_by, model, folder and folder / "answers")
+        answers = _answers(plan, split, model, folder and folder / "answers")
         num_shards = answers.num_shards
         drop = rollout.drop if split == "train" else []
         source = {"answers": xxhash.xxh3_128_hexdigest((answers.folder / "manifest.json").read_bytes()),
@@ -575,11 +598,8 @@ def _annotations(plan, split, answers_by=None, model=None, folder=None):
         started = time.monotonic()
         say(f"annotate: the teacher scores the {'reference ' if by_label else ''}answers to {len(examples)} {split} "
             f"prompts, top {recipe.kd.top_k}, in {folder}")
-        annotator = Annotator(_load(plan, plan.teacher.folder), top_k=recipe.kd.top_k, row_len=data.seq_len,
-                              num_rows=recipe.train.micro_batch_rows, chunk_size=recipe.run.logits_chunk,
-                              mode=recipe.run.mode)
         with Reporter("annotated shards", num_shards, num_shards - len(shards.missing())) as reporter:
-            annotate_shards(annotator, samples_of, shards, reporter)
+            annotate_shards(_annotator(plan), samples_of, shards, reporter)
         tokens = sum(int(shards.read(i)["topk.sizes"][2]) for i in range(num_shards))
         topk_bytes = sum(path.stat().st_size for path in folder.glob("*.shard"))
         kept = "".join(f", {count} {name} dropped" for name, count in dropped.items())
@@ -648,6 +668,7 @@ def _distill(plan):
         batches = _pack(plan, first, recipe.seed)
         num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
         bounds = [0, *(round(share * num_steps) for share in recipe.kd.refresh_at), num_steps]
+        plan.engines.clear()  # training needs the memory
         model = _student(plan)
         loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk)
         loop, state = _loop(plan, model, loss_fn, distill.METRICS, num_steps)
@@ -662,12 +683,12 @@ def _distill(plan):
                 if loop.step > bounds[segment] and not (folder / "annotations" / "manifest.json").is_file():
                     raise ValueError(f"{folder} is gone, but training went on from its answers: put it back, or delete "
                                      f"{plan.folder} to start over.")
-                batches = _pack(plan, read_annotated(_annotations(plan, "train", "student", model, folder)),
+                batches = _pack(plan, read_annotated(_annotations(plan, "train", model, folder)),
                                 recipe.seed + segment)
             if state and state["segment"] == segment:
                 batches.load_state_dict(state["batches"])
             loop.fit(batches, bounds[segment + 1], lambda: evaluate(loop.step), {"segment": segment})
-        after = _annotations(plan, "heldout", "student", model, plan.folder / "heldout-after")
+        after = _annotations(plan, "heldout", model, plan.folder / "heldout-after")
         own = HeldoutLoss(loss_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
                           num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
                           mode=recipe.run.mode).measure()

@@ -1,4 +1,4 @@
-"""Shared fixtures: MindSpore on CPU, random configurations, transformers as the oracle, and a run of the whole recipe."""
+"""Shared fixtures: MindSpore on CPU, random models, transformers as the oracle, a run of the whole recipe."""
 
 import subprocess
 import sys

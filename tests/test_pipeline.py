@@ -92,19 +92,11 @@ def test_a_changed_loss_reuses_the_answers_and_their_annotations(copy):
     assert len(list(copy.glob("runs/kd_student-smoke-*"))) == 2
 
 
-@pytest.mark.parametrize("name", ["kd_label", "kd_teacher", "kd_student_refresh"])
-def test_every_strategy_runs(copy, name):
-    output = _run(copy, f"recipe={name}")
-    run = _only(copy, f"runs/{name}-smoke-*")
-    assert json.loads((run / "done.json").read_text())["step"] == 6
-    if name == "kd_student_refresh":
-        assert [m for m in re.findall(r"refresh (\d) of 2 at step (\d)", output)] == [("1", "2"), ("2", "4")]
-        assert (run / "refresh-1/answers/manifest.json").exists() and (run / "refresh-2/annotations").is_dir()
-
-
-@pytest.mark.parametrize("name", ["pretrain", "sft_direct", "sft_reasoning_no_cot"])
-def test_every_other_recipe_runs(copy, name):
+# The other recipes run in README's commands and in the tests below.
+@pytest.mark.parametrize("name", ["kd_teacher", "pretrain", "sft_reasoning_no_cot"])
+def test_a_recipe_runs(copy, name):
     assert f"{name}: done" in _run(copy, f"recipe={name}")
+    assert json.loads((_only(copy, f"runs/{name}-smoke-*") / "done.json").read_text())["step"] == 6
 
 
 def test_answers_hold_what_the_sampler_drew_and_annotations_what_the_teacher_thinks(smoke, mindspore_cpu):
@@ -152,8 +144,9 @@ def test_answers_hold_what_the_sampler_drew_and_annotations_what_the_teacher_thi
     # A teacher of 6 steps is nearly flat: its 10th and 11th token can tie to float32.
     np.testing.assert_allclose(np.take_along_axis(teacher, ids, 1), top, atol=1e-4)
     stored = samples.extras["teacher_logprobs"][start:start + len(teacher)]
-    kl = (np.exp(top) * (top - stored)).sum(-1)
-    assert abs(kl.mean()) < 1e-3  # the codec's own tests hold it to 1e-4 with the tail
+    tail, stored_tail = 1 - np.exp(top).sum(-1), 1 - np.exp(stored.astype(np.float64)).sum(-1)
+    kl = (np.exp(top) * (top - stored)).sum(-1) + tail * np.log(tail / stored_tail)
+    assert 0 <= kl.mean() < 1e-4
 
 
 def test_a_killed_training_run_repeats_the_uninterrupted_one_to_the_bit(copy):
@@ -176,7 +169,8 @@ def test_a_killed_training_run_repeats_the_uninterrupted_one_to_the_bit(copy):
 
 def test_a_refreshed_run_that_was_killed_resumes_to_the_same_losses(copy):
     overrides = ["recipe=kd_student_refresh", "run.log_every=1", "run.save_every=1"]
-    _run(copy, *overrides, "run.dir=whole")
+    output = _run(copy, *overrides, "run.dir=whole")
+    assert re.findall(r"refresh (\d) of 2 at step (\d)", output) == [("1", "2"), ("2", "4")]
     refreshed = copy / "parts" / "refresh-1" / "annotations"
     _kill_when(copy, lambda: (refreshed / "00000.shard").exists(), *overrides, "run.dir=parts")
     _run(copy, *overrides, "run.dir=parts")
@@ -210,11 +204,6 @@ def test_filtered_answers_are_counted_and_not_trained_on(copy):
     output = _run(copy, "rollout.drop=[truncated]", module="annotate")
     [(kept, dropped)] = re.findall(r"annotate: (\d+) supervised tokens, (\d+) truncated dropped", output)
     assert int(kept) > 0 and int(dropped) > 0
-
-
-def test_a_multirun_is_a_loop_over_recipes_and_seeds(copy):
-    output = _run(copy, "--multirun", "recipe=kd_label,kd_student", "train.steps=2")
-    assert output.count(": done in") == 2
 
 
 def test_at_scale_1b_the_commands_of_missing_runs_are_printed(tmp_path):

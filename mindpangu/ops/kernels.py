@@ -7,7 +7,7 @@ NATIVE_OPS = {
     "CPU": (),
     "Ascend": ("attention", "rms_norm", "swiglu"),
 }
-OPS = ("attention", "head_loss", "rms_norm", "rope", "sample", "swiglu", "topk_kl")
+OPS = ("attention", "cross_entropy", "head_loss", "rms_norm", "rope", "sample", "swiglu", "topk_kl")
 
 _native_ops: set[str] = set()
 
