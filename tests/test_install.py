@@ -25,14 +25,15 @@ def test_recipes_and_tools_travel_inside_the_package(installed, tmp_path):
     for path in ("config.yaml", "recipe/kd_student.yaml", "at_scale/tiny/kd_student.yaml", "RESULTS.md"):
         assert (installed / "mindpangu/recipes" / path).read_bytes() == (ROOT / "recipes" / path).read_bytes()
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    where = subprocess.run([sys.executable, "-c", "import mindpangu.config as c; print(c.__file__, c.recipes_folder())"],
-                           cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    code = "import mindpangu.config as config; print(config.__file__, config.recipes_folder())"
+    where = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                           check=True)
     assert where.stdout.count(str(installed)) == 2
     shown = subprocess.run([sys.executable, "-m", "mindpangu.train", "--cfg", "job"], cwd=tmp_path, env=environment,
                            capture_output=True, text=True, check=True)
     assert "recipe: kd_student" in shown.stdout
-    subprocess.run([sys.executable, "-m", "mindpangu.tools.report", "--help"], cwd=tmp_path, env=environment, check=True,
-                   capture_output=True)
+    subprocess.run([sys.executable, "-m", "mindpangu.tools.report", "--help"], cwd=tmp_path, env=environment,
+                   check=True, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 
 
