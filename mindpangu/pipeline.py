@@ -354,6 +354,9 @@ def _prompts(plan, examples):
 
 def _pack(plan, samples, seed):
     train = plan.recipe.train
+    if not samples.is_target.any():
+        raise ValueError("nothing is left to train on: no example or answer has a supervised token; check data.train "
+                         f"and rollout.drop={plan.recipe.rollout.drop}.")
     batches = PackedBatches(samples, seq_len=plan.recipe.data.seq_len, rows_per_step=train.rows_per_step,
                             micro_batch_rows=train.micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed)
     dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
@@ -603,6 +606,9 @@ def _annotations(plan, split, model=None, folder=None):
         tokens = sum(int(shards.read(i)["topk.sizes"][2]) for i in range(num_shards))
         topk_bytes = sum(path.stat().st_size for path in folder.glob("*.shard"))
         kept = "".join(f", {count} {name} dropped" for name, count in dropped.items())
+        if tokens == 0:
+            raise ValueError(f"rollout.drop={rollout.drop} leaves no answer{kept}: drop less, or train the student "
+                             "longer first.")
         _note(folder, started, f"annotate: {tokens} supervised tokens{kept}, {topk_bytes / max(1, tokens):.1f} bytes "
               "each with their prompts", {"supervised_tokens": tokens, "bytes": topk_bytes, "dropped": dropped})
     return shards

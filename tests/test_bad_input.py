@@ -175,7 +175,7 @@ def test_an_empty_data_set_is_named(error_of, student, tmp_path):
     assert_says(error_of(*CHATS, "data.on_error=skip"), "data.train has only 0 examples", "data.num_heldout")
 
 
-def test_samples_that_are_all_too_long_are_an_error_and_some_are_counted(error_of, run, student, tmp_path):
+def test_samples_that_are_all_too_long_are_an_error(error_of, student, tmp_path):
     _chats(tmp_path / "chats.jsonl", ["one two three " * 40] * 9)
     assert_says(error_of(*CHATS), "data.seq_len=128", "7 of 7 samples are longer", "raise data.seq_len")
 
@@ -230,7 +230,8 @@ def test_weights_with_nan_stop_before_an_update(error_of, student, tmp_path):
     tensors = load_file(student / WEIGHTS)
     tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
     save_file(tensors, student / WEIGHTS)
-    message = error_of(*FAST, "run.dir=run")
+    _chats(tmp_path / "chats.jsonl", ["yes"] * 20)
+    message = error_of(*CHATS, "run.dir=run")
     assert_says(message, "step 0", "loss nan", "not finite", "nothing was updated", "last good checkpoint is none")
     assert not list(tmp_path.glob("run/checkpoints/step-*")) and not (tmp_path / "run/done.json").exists()
 
@@ -343,9 +344,12 @@ def test_annotations_bound_to_something_else_are_refused_with_what_differs(error
     assert message.count("differs") == 1
 
 
-def test_malformed_lines_are_skipped_and_counted_on_request(run, student, tmp_path):
-    _chats(tmp_path / "chats.jsonl", [f"Answer {n}." for n in range(12)], {3: "{}", 7: "nonsense"})
+def test_malformed_lines_are_skipped_on_request_and_like_long_samples_counted(run, student, tmp_path):
+    answers = [*(f"Answer {n}." for n in range(10)), "long " * 100, "longer " * 100, "longest " * 100]
+    _chats(tmp_path / "chats.jsonl", answers, {3: "{}", 7: "nonsense"})
     code, output, stderr = run(*CHATS, "data.on_error=skip", "train.steps=1", "run.dir=run")
     assert code == 0, stderr
     assert_says(output, "data.on_error=skip: 2 malformed lines skipped, the first: chats.jsonl:3: missing key")
-    assert "data: 10 samples" in output and json.loads((tmp_path / "run/done.json").read_text())["step"] == 1
+    [(kept, dropped)] = re.findall(r"data: (\d+) samples in .*, (\d+) over-long samples dropped", output)
+    assert int(kept) + int(dropped) == 11 and 1 <= int(dropped) <= 3  # two of 13 are held out
+    assert json.loads((tmp_path / "run/done.json").read_text())["step"] == 1

@@ -40,7 +40,7 @@ def test_a_command_in_readme_runs(folder, command):
     words = shlex.split(command)
     assert words[0] == "python"
     if words[2] in TRAINS and "--help" not in words:
-        words.append("scale=smoke")
+        words.insert(3, "scale=smoke")
     line = " ".join([shlex.quote(sys.executable), *(word if "*" in word else shlex.quote(word) for word in words[1:])])
     done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -442,7 +442,7 @@ def _tokens(run):
 
 def _wall_time(run):
     if run.done and "seconds" in run.done:
-        return f"{format_seconds(run.done['seconds'])} <i>of the start that finished</i>"
+        return format_seconds(run.done["seconds"])
     times = [row["time"] for row in run.rows if isinstance(row.get("time"), int | float)]
     return f"{format_seconds(max(times) - min(times))} <i>so far, between metrics</i>" if times else _NO_VALUE
 

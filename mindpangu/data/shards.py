@@ -99,7 +99,7 @@ class ShardFolder:
 
     @classmethod
     def open(cls, folder, binding, num_shards):
-        """Creates the folder, or opens it and removes what a killed writer left behind.
+        """Creates the folder, or opens it.
 
         binding: dict[str, str]. Raises ValueError listing every key of the binding that differs from the manifest's.
         """
@@ -112,8 +112,6 @@ class ShardFolder:
             manifest = _read_manifest(path, manifest)
         folder.mkdir(parents=True, exist_ok=True)
         # Only now: a run that is refused must not touch the files of the run that owns the folder.
-        for leftover in folder.glob("*" + _ASIDE):
-            leftover.unlink()
         opened = cls(folder, manifest)
         if not path.exists():
             opened._write_manifest()
@@ -133,8 +131,10 @@ class ShardFolder:
         return [i for i in range(self.num_shards) if str(i) not in recorded or not self._path(i).exists()]
 
     def write(self, i, arrays):
-        """Writes shard i and records it as finished."""
+        """Writes shard i and records it as finished; removes what a killed writer left behind."""
         assert 0 <= i < self.num_shards
+        for leftover in Path(self.folder).glob("*" + _ASIDE):
+            leftover.unlink()
         digest = write_shard(self._path(i), arrays)
         # The file first: a shard in the manifest is always on disk. Killed in between, the shard is written again.
         self._manifest["shards"][str(i)] = {"bytes": self._path(i).stat().st_size, "xxh3_128": digest}

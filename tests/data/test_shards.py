@@ -129,8 +129,10 @@ def test_a_broken_manifest_is_named(tmp_path, text):
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "00001.shard.partial").write_bytes(b"half")
-    ShardFolder.open(tmp_path, BINDING, 3)
-    assert list(file_bytes(tmp_path)) == ["manifest.json"]
+    folder = ShardFolder.open(tmp_path, BINDING, 3)  # a reader leaves what may be another process's work alone
+    assert (tmp_path / "00001.shard.partial").exists()
+    folder.write(0, {"a": np.arange(3)})
+    assert sorted(file_bytes(tmp_path)) == ["00000.shard", "manifest.json"]
 
 
 WRITER = """
