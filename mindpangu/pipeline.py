@@ -171,7 +171,7 @@ class Plan:
         """Whether the run folder holds this run, complete. Raises ValueError if it holds another one."""
         path = self.folder / "run.json"
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = _read_run(path)
             if found["key"] != self.key:
                 changed = differences(found["recipe"], as_dict(self.recipe))
                 raise ValueError(f"run folder {self.folder} holds another run; field: there | here:\n  " +
@@ -229,7 +229,11 @@ class Plan:
                                  f"init_from={self.init.folder} was trained with: leave data.tokenizer out, or use "
                                  f"{inherited}.")
             return tokenizer
-        if inherited and inherited.is_file():
+        if inherited:
+            if not inherited.is_file():
+                raise ValueError(f"init_from={self.init.folder} has no tokenizer.model, and a new one would give its "
+                                 "token ids other meanings: put the weights' tokenizer.model there or name it with "
+                                 "data.tokenizer.")
             return Tokenizer(inherited)
         if self.recipe.scale == "1b":
             raise ValueError("data.tokenizer is missing: give the SentencePiece model that the weights belong to, for "
@@ -256,13 +260,20 @@ class Plan:
                                    ("eos", model.eos_id, tokenizer.turn_end_id)):
             if ours != theirs:
                 raise ValueError(f"model.{name}_id={ours}, but in the tokenizer {tokenizer.model_file} it is {theirs}.")
-        if self.teacher:
+        for field, upstream in (("init_from", self.init), ("teacher", self.teacher)):
+            if not upstream:
+                continue
             from .model.weights import read_config
 
-            vocab_size = read_config(self.teacher.folder).vocab_size
-            if vocab_size != model.vocab_size:
-                raise ValueError(f"teacher={self.teacher.folder} has a vocabulary of {vocab_size}, the student of "
+            config = read_config(upstream.folder)
+            if config.max_seq_len < self.recipe.data.seq_len:
+                raise ValueError(f"data.seq_len={self.recipe.data.seq_len}: {field}={upstream.folder} was made for at "
+                                 f"most {config.max_seq_len} positions (max_position_embeddings in its config.json); "
+                                 "shorten data.seq_len.")
+            if field == "teacher" and config.vocab_size != model.vocab_size:
+                raise ValueError(f"teacher={upstream.folder} has a vocabulary of {config.vocab_size}, the student of "
                                  f"model.vocab_size={model.vocab_size}: offline distillation compares the same tokens.")
+        if self.teacher:
             path = self.teacher.folder / "tokenizer.model"
             if path.is_file() and Tokenizer(path).digest != tokenizer.digest:
                 raise ValueError(f"teacher={self.teacher.folder} was trained with another tokenizer ({path}) than the "
@@ -300,8 +311,17 @@ def _finished_run(field, folder):
     checkpoint = newest_checkpoint(folder)
     if not (folder / "done.json").is_file() or checkpoint is None:
         raise ValueError(f"{field}={folder}: this run is not complete; run its command again to finish it.")
-    key = json.loads((folder / "run.json").read_text(encoding="utf-8"))["key"]
-    return Upstream(checkpoint, f"{key}/{checkpoint.name}")
+    return Upstream(checkpoint, f"{_read_run(folder / 'run.json')['key']}/{checkpoint.name}")
+
+
+def _read_run(path):
+    """run.json: {"key", "recipe"}."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {"key": run["key"], "recipe": run["recipe"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a run ({error!r}): restore it, or delete {path.parent} to start "
+                         "over.") from error
 
 
 def _weights_digest(folder):
@@ -542,6 +562,9 @@ def _answers(plan, split, model=None, folder=None):
     from .distillation.sample import sample_answers
 
     with lock_folder(folder):
+        shards = ShardFolder.open(folder, binding, num_shards)  # another run may have written some meanwhile
+        if shards.complete:
+            return shards
         started = time.monotonic()
         say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
         generator = _sampler(plan, by, model)
@@ -598,6 +621,9 @@ def _annotations(plan, split, model=None, folder=None):
         return _kept_samples(plan, examples, _read_answers(answers, i), drop, dropped)
 
     with lock_folder(folder):
+        shards = ShardFolder.open(folder, binding, num_shards)  # another run may have written some meanwhile
+        if shards.complete:
+            return shards
         started = time.monotonic()
         say(f"annotate: the teacher scores the {'reference ' if by_label else ''}answers to {len(examples)} {split} "
             f"prompts, top {recipe.kd.top_k}, in {folder}")
@@ -670,8 +696,8 @@ def _distill(plan):
 
     with plan.begin():
         first = read_annotated(_annotations(plan, "train"))
-        heldout = read_annotated(_annotations(plan, "heldout"))
         batches = _pack(plan, first, recipe.seed)
+        heldout = read_annotated(_annotations(plan, "heldout"))
         num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
         bounds = [0, *(round(share * num_steps) for share in recipe.kd.refresh_at), num_steps]
         plan.engines.clear()  # training needs the memory

@@ -26,8 +26,8 @@ def test_recipes_and_tools_travel_inside_the_package(installed, tmp_path):
         assert (installed / "mindpangu/recipes" / path).read_bytes() == (ROOT / "recipes" / path).read_bytes()
     environment = os.environ | {"PYTHONPATH": str(installed)}
     code = "import mindpangu.config as config; print(config.__file__, config.recipes_folder())"
-    where = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
-                           check=True)
+    where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+                           text=True, check=True)
     assert where.stdout.count(str(installed)) == 2
     shown = subprocess.run([sys.executable, "-m", "mindpangu.train", "--cfg", "job"], cwd=tmp_path, env=environment,
                            capture_output=True, text=True, check=True)

@@ -225,7 +225,7 @@ def _check_samples(samples):
     """Returns the number of targets before each sample, [N + 1]; raises ValueError for samples that cannot be used."""
     lengths_N = np.diff(samples.offsets)
     if not lengths_N.size:
-        raise ValueError("the data set is empty: expected at least one sample; check data.files and what was skipped.")
+        raise ValueError("the data set is empty: expected at least one sample; check data.train and what was skipped.")
     assert samples.offsets[0] == 0 and samples.offsets[-1] == len(samples.tokens) == len(samples.is_target)
     if (lengths_N < 1).any():
         raise ValueError(f"samples {_listed(np.flatnonzero(lengths_N < 1))} have no tokens: remove them.")

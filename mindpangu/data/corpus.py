@@ -37,8 +37,9 @@ def load_corpus(data):
         skipped += more
     else:
         if len(train) <= data.num_heldout:
-            raise ValueError(f"data.num_heldout={data.num_heldout}: data.train has only {len(train)} examples; lower "
-                             "data.num_heldout or give data.heldout.")
+            lost = f" ({len(skipped)} malformed lines skipped, the first: {skipped[0]})" if skipped else ""
+            raise ValueError(f"data.num_heldout={data.num_heldout}: data.train has only {len(train)} examples{lost}; "
+                             "lower data.num_heldout or give data.heldout.")
         order = np.random.Generator(np.random.Philox(len(train))).permutation(len(train))
         heldout = [train[i] for i in sorted(order[:data.num_heldout])]
         train = [train[i] for i in sorted(order[data.num_heldout:])]

@@ -165,7 +165,7 @@ def _check_topk(ids_NK, logprobs_NK, label_ids_N, label_logprobs_N, vocab_size):
     if ids_NK.ndim != 2 or shapes[1] != shapes[0] or not shapes[2] == shapes[3] == shapes[0][:1]:
         raise ValueError(f"shapes of ids, logprobs, label ids, label logprobs {shapes}: expected [N, K] and [N] twice.")
     if not 1 <= ids_NK.shape[1] <= vocab_size:
-        raise ValueError(f"kd.k={ids_NK.shape[1]}: expected 1 to vocab_size={vocab_size}.")
+        raise ValueError(f"kd.top_k={ids_NK.shape[1]}: expected 1 to vocab_size={vocab_size}.")
     for name, ids in (("teacher", ids_NK), ("label", label_ids_N)):
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(

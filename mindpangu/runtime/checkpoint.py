@@ -54,8 +54,8 @@ def lock_folder(folder):
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
-        raise ValueError(f"run folder {folder} is in use by another run (process {owner}): wait for it, stop it, or "
-                         "choose another run.dir.") from None
+        raise ValueError(f"{folder} is in use by another run (process {owner}): wait for it, stop it, or choose "
+                         "another run.dir or run.root.") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -132,6 +132,11 @@ class Loop:
     def validate(self, evaluate):
         """Write evaluate() -> ({name: number}, better) at this step; `better` orders validations, larger is better."""
         values, better = evaluate()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {self.step}, held-out {name} {value}: not finite; the last good "
+                                         f"checkpoint is {self._last_good()}. Check the weights that the run starts "
+                                         "from, or lower train.lr.")
         self.metrics_file.write(self.step, {f"heldout/{name}": value for name, value in values.items()})
         say(f"step {self.step}/{self.num_steps}  held-out  " +
             "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -162,10 +167,9 @@ class Loop:
                 loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.step, lr), *arrays)
                 loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    kept = checkpoints.newest_checkpoint(self.folder) or "none"
                     raise FloatingPointError(
                         f"step {self.step}, rank 0: loss {loss / metrics[0]}, grad_norm {norm}: not finite; nothing "
-                        f"was updated. The last good checkpoint is {kept}. A lower train.lr, a longer "
+                        f"was updated. The last good checkpoint is {self._last_good()}. A lower train.lr, a longer "
                         "train.warmup_steps or cleaner data usually help.")
                 self.step += 1
                 self.num_tokens += batch.tokens_AT.size
@@ -187,6 +191,9 @@ class Loop:
                     best_now = False
                 if best_now or self.step % self.run.save_every == 0 or self.step == until_step:
                     self.save(full_state())
+
+    def _last_good(self):
+        return checkpoints.newest_checkpoint(self.folder) or "none"
 
     def finish(self, summary):
         """Mark the run as complete: done.json with the summary."""

@@ -119,7 +119,7 @@ def test_encoding_is_deterministic_and_does_not_change_its_inputs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 1}, "kd.k=2: expected 1 to vocab_size=1"),
+        ({"vocab_size": 1}, "kd.top_k=2: expected 1 to vocab_size=1"),
         ({"vocab_size": 5}, "teacher ids from 0 to 7: expected 0 to 4"),
         ({"label_ids": [9]}, "label ids from 9 to 9: expected 0 to 7"),
         ({"ids": [[-1, 7]]}, "teacher ids from -1 to 7"),

@@ -111,6 +111,7 @@ def test_transformers_computes_the_same_logits_from_saved_weights(seed, random_c
 @pytest.fixture(scope="module")
 def model_and_graph(random_config, random_llama, tmp_path_factory):
     """A random model and its compiled logits of three packed rows of 20 tokens."""
+    ms.set_device("CPU")
     config = random_config(5)
     folder = tmp_path_factory.mktemp("llama")
     random_llama(config, 5).save_pretrained(folder)

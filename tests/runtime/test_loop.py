@@ -139,6 +139,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(mindspore_cpu, tmp_pa
         np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name])
 
 
+def test_a_heldout_loss_that_is_not_finite_stops_the_run(mindspore_cpu, tmp_path):
+    loop = _loop(tmp_path, _model())
+    with pytest.raises(FloatingPointError, match="step 0, held-out loss nan: not finite.* checkpoint is none"):
+        loop.fit(_batches(), 9, lambda: ({"accuracy": 1.0, "loss": float("nan")}, 1.0))
+    assert loop.best is None and not (tmp_path / "metrics.jsonl").exists() or _rows(tmp_path) == []
+
+
 def test_best_and_newest_checkpoints_are_kept(mindspore_cpu, tmp_path):
     loop = _loop(tmp_path, _model(), save_every=1, keep_checkpoints=2)
     object.__setattr__(loop.train, "eval_every", 1)  # a recipe is read-only to everyone else
