@@ -1,6 +1,7 @@
 # make run        install into .venv and distil on-policy, from nothing: python -m mindpangu.train recipe=kd_student
 # make test       install with the test tools and run the tests (under 15 minutes on 2 cores)
 # make test-long  the tests that take more than a minute each
+# make test-sanitize, test-portable   the kernels' tests on a library with ASan and UBSan, or in portable C++
 # make bench      speed against named peers, written to bench.json
 # make check      ruff
 
@@ -8,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-long bench check clean
+.PHONY: run test test-long test-sanitize test-portable bench check clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m mindpangu.train recipe=kd_student
@@ -18,6 +19,13 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
+
+test-sanitize: $(VENV)/.installed-dev
+	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python -m pytest --cpu-sanitize tests/ops
+
+test-portable: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cpu-level portable tests/ops
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m mindpangu.tools.bench

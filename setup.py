@@ -19,7 +19,7 @@ setup(
     packages=[*find_packages(include=["mindpangu", "mindpangu.*"]), "mindpangu.recipes", "mindpangu.tools"],
     # recipes/ and tools/ stand at the top of the repository and travel inside the package.
     package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools"},
-    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"]},
+    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"], "mindpangu.ops.cpu": ["*.cc", "*.h"]},
     install_requires=[
         "mindspore==2.9.0",
         "mindformers==1.9.0",

@@ -226,9 +226,11 @@ class RunConfig(_Section):
     dir: str | None = None  # this run's folder; null: root/<recipe>-<scale>-<key>
     device: str = "CPU"  # CPU | Ascend
     mode: str = "graph"  # graph | eager (for debugging)
-    kernels: str = "reference"  # native | reference
+    kernels: str = "native"  # native | reference: on CPU the library of ops/cpu, built on first use
     reference_ops: list[str] = field(default_factory=list)  # ops that use their reference all the same
-    precision: str = "float32"  # of activations: float32 | bfloat16 | float16; master weights are float32
+    # float32 | bfloat16 | float16 activations, master weights are float32. On CPU tensors stay float32, and bfloat16 is
+    # what matrix products and attention round their operands to.
+    precision: str = "float32"
     num_threads: int = 0  # 0: all cores that the process may use
     logits_chunk: int = 1024  # positions whose logits exist at a time
     peak_tflops: float = 0.0  # of the device at this precision, for MFU; 0: unknown, MFU n/a
@@ -241,12 +243,11 @@ class RunConfig(_Section):
         _one_of("run.mode", self.mode, ("graph", "eager"))
         _one_of("run.kernels", self.kernels, ("native", "reference"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16", "float16"))
-        _require(self.device == "Ascend" or self.kernels == "reference",
-                 "run.kernels=native with run.device=CPU: this version has native kernels for Ascend only; "
-                 "use run.kernels=reference.")
-        _require(self.device == "Ascend" or self.precision == "float32",
-                 f"run.precision={self.precision} with run.device=CPU: the reference ops compute in float32 on CPU; "
-                 "use run.precision=float32.")
+        if self.device == "CPU":
+            _one_of("run.precision with run.device=CPU", self.precision, ("float32", "bfloat16"))
+            _require(self.kernels == "native" or self.precision == "float32",
+                     f"run.precision={self.precision} with run.kernels=reference: the reference ops compute in float32 "
+                     "on CPU; use run.kernels=native.")
         _at_least("run.num_threads", self.num_threads, 0)
         for name in ("logits_chunk", "log_every", "save_every", "keep_checkpoints"):
             _at_least(f"run.{name}", getattr(self, name), 1)

@@ -38,7 +38,7 @@ from .data.shards import ShardFolder
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .rewards.math import parse_number, score
 from .runtime.checkpoint import lock_folder, newest_checkpoint, write_atomic
-from .runtime.device import describe_environment, start
+from .runtime.device import activation_dtype, describe_environment, start
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
 FORMAT_VERSION = 1
@@ -391,7 +391,7 @@ def _load(plan, folder):
     """A model with a folder's weights."""
     from .model.weights import load_model
 
-    return load_model(folder, plan.recipe.run.precision)
+    return load_model(folder, activation_dtype(plan.recipe.run))
 
 
 def _student(plan):
@@ -400,7 +400,7 @@ def _student(plan):
     from .model.weights import load_weights
 
     recipe = plan.recipe
-    model = Pangu(recipe.model, recipe.seed, DTYPES[recipe.run.precision], zero_weights=plan.init is not None)
+    model = Pangu(recipe.model, recipe.seed, DTYPES[activation_dtype(recipe.run)], zero_weights=plan.init is not None)
     if plan.init:
         load_weights(model, plan.init.folder)
     return model
@@ -507,7 +507,8 @@ def _train_language_model(plan):
         if state:
             batches.load_state_dict(state["batches"])
         _say_run(plan, model, num_steps)
-        evaluate = _validator(plan, model, loss_fn, language_model.METRICS, _tokenize(plan, plan.corpus.heldout))
+        value_fn = language_model.make_loss(model, recipe.data.seq_len, recipe.run.logits_chunk, gradients=False)
+        evaluate = _validator(plan, model, value_fn, language_model.METRICS, _tokenize(plan, plan.corpus.heldout))
         loop.fit(batches, num_steps, lambda: evaluate(loop.step))
         _finish(plan, loop, *_heldout_history(plan))
 
@@ -705,7 +706,8 @@ def _distill(plan):
         loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk)
         loop, state = _loop(plan, model, loss_fn, distill.METRICS, num_steps)
         _say_run(plan, model, num_steps)
-        evaluate = _validator(plan, model, loss_fn, distill.METRICS, heldout)
+        value_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk, gradients=False)
+        evaluate = _validator(plan, model, value_fn, distill.METRICS, heldout)
         for segment in range(len(bounds) - 1):
             if loop.step >= bounds[segment + 1]:
                 continue
@@ -721,7 +723,7 @@ def _distill(plan):
                 batches.load_state_dict(state["batches"])
             loop.fit(batches, bounds[segment + 1], lambda: evaluate(loop.step), {"segment": segment})
         after = _annotations(plan, "heldout", model, plan.folder / "heldout-after")
-        own = HeldoutLoss(loss_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
+        own = HeldoutLoss(value_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
                           num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
                           mode=recipe.run.mode).measure()
         before, last = _heldout_history(plan)

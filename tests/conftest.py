@@ -9,8 +9,35 @@ import pytest
 from mindpangu.config import ModelConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cpu-level", help="instruction set of the CPU library: portable, avx2, ... (default: the best)")
+    parser.addoption("--cpu-sanitize", action="store_true", help="the CPU library with ASan and UBSan (make test-sanitize)")
+
+
+@pytest.fixture(scope="session")
+def cpu_library(pytestconfig):
+    """The CPU library, serving this process's MindSpore; as a ctypes DLL. Ops run on their reference until `kernel`."""
+    from mindpangu.ops.cpu import build
+
+    sanitize = build.SANITIZE if pytestconfig.getoption("--cpu-sanitize") else ()
+    path = build.build(pytestconfig.getoption("--cpu-level"), sanitize)
+    library = build.load(path, num_threads=2)
+    library.path = path
+    return library
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernel(request, cpu_library, mindspore_cpu):
+    """Runs a test once on the native kernels and once on the references."""
+    from mindpangu.ops import kernels
+
+    kernels.select(request.param, [], "CPU", cpu_library.path)
+    yield request.param
+    kernels.select("reference", [], "CPU", cpu_library.path)
+
+
 @pytest.fixture
-def mindspore_cpu(tmp_path, monkeypatch):
+def mindspore_cpu(cpu_library, tmp_path, monkeypatch):
     import mindspore as ms
 
     monkeypatch.chdir(tmp_path)  # on a compile error MindSpore writes rank_0/ into the working directory

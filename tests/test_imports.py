@@ -16,7 +16,7 @@ ALLOWED = {
     "model": {"ops", "config"},
     "distillation": {"model", "data", "rewards", "config"},
     "trainers": {"model", "data", "rewards", "config", "ops", "distillation"},
-    "runtime": {"config", "ops"},  # ops: only kernels.select, the choice made when a process starts
+    "runtime": {"config", "ops"},  # ops: the choice of kernels when a process starts, and the optimizer's update
 }
 NEVER_MINDSPORE = ("config", "data", "rewards")
 NUMPY_ONLY = ("distillation/cache.py", "model/size.py", "model/weights.py", "runtime/checkpoint.py",

@@ -10,7 +10,7 @@
 | label_ranks | uint8 (K > 255: wider) [N] | the label's place in the top-k, K if it is not among them | 0.35 |
 | label_levels | uint8 [M] | level of the M labels outside the top-k | 0.24 |
 
-Measured on disk: k = 10, 16000 tokens, vocabulary 153376, tools/bench.py's Zipf 1.15 teacher: 17.2 in all (17.6 in
+Measured on disk: k = 10, 16000 tokens, vocabulary 153376, tools/bench_data.py's Zipf 1.15 teacher: 17.2 in all (17.6 in
 shards of 4000 tokens, 19.5 of 500).
 
 Ids. Octave and offset are the Elias gamma code split in two: the octaves are a plane of few values that zstd packs,
@@ -24,7 +24,7 @@ Log-probabilities. Three parts, so that the stored row is a distribution by cons
 - each p_i relative to the most likely p_0: level of ln(p_0 / p_i) in one table of 256 levels. Down to 5.5 nats steps of
   1/128 in sqrt(p_i / p_0), i.e. 1/64 nat at the top and 1/4 nat at the bottom, then steps of 1/4 nat to 39.3 nats.
   Square roots spread the KL error evenly over the ids: p_0 / (6 * 128**2) each, so at k = 10 and p_0 near 1 about 1e-4
-  in the mean, and less where p_0 is smaller (4e-5 on the teachers of tools/bench.py).
+  in the mean, and less where p_0 is smaller (4e-5 on the teachers of tools/bench_data.py).
 - their common factor follows from the sum.
 A log-probability more than LOWEST = 39.3 nats under the row's first, -inf included, is stored as that much under it:
 finite. A label outside the top-k is stored in the same levels, at most as likely as the row's first. The K ids together

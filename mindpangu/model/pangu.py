@@ -11,8 +11,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ..ops.attention import attention, cached_attention
+from ..ops.linear import linear
 from ..ops.rms_norm import rms_norm
-from ..ops.rope import inverse_frequencies, rope, rope_tables
+from ..ops.rope import inverse_frequencies, rope_tables, split_rope
 from ..ops.swiglu import swiglu
 
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
@@ -29,13 +30,9 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x):
-        y = self.matmul(x, ops.cast(self.weight, x.dtype))
-        if self.bias is not None:
-            y = y + ops.cast(self.bias, x.dtype)
-        return y
+        return linear(x, self.weight, self.bias)
 
 
 class Layer(nn.Cell):
@@ -56,9 +53,7 @@ class Layer(nn.Cell):
     def project_qkv(self, h_TD, cos, sin):
         """Rotated q [T, N, H] and k [T, M, H], and v [T, M, H]."""
         x = rms_norm(h_TD, ops.cast(self.input_norm, h_TD.dtype), self.eps)
-        heads = self.qkv_proj(x).reshape(h_TD.shape[0], -1, self.head_dim)
-        q, k, v = ops.split(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-        return rope(q, cos, sin), rope(k, cos, sin), v
+        return split_rope(self.qkv_proj(x), cos, sin, self.num_heads, self.num_kv_heads)
 
     def finish(self, h_TD, attended_TNH):
         """The rest of the layer after attention."""
@@ -108,7 +103,6 @@ class Pangu(nn.Cell):
         self.norm = _parameter(np.ones(config.hidden_size, np.float32))
         self.lm_head = None if config.tie_embedding else _parameter(init(config.vocab_size, config.hidden_size))
         self.inverse_frequencies = Tensor(inverse_frequencies(config.head_dim, config.rope_theta))
-        self.matmul = ops.MatMul(transpose_b=True)
 
     def head_weight(self):
         """The output projection [V, D], in the activations' dtype."""
@@ -149,4 +143,4 @@ class Pangu(nn.Cell):
         return self.logits(self.final_norm(h))
 
     def logits(self, hidden_TD):
-        return self.matmul(hidden_TD, self.head_weight())
+        return linear(hidden_TD, self.head_weight())

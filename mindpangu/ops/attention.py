@@ -4,11 +4,15 @@ T tokens, N query heads, M key/value heads, G = N / M, H head size, C padded doc
 B sequences, S cache length.
 """
 
+import functools
 import math
 
 import mindspore as ms
-from mindspore import ops
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
 
+from . import kernels
 from .kernels import is_native
 
 _MASKED = -1e30  # finite, so that exp gives exactly 0 without inf - inf
@@ -23,10 +27,8 @@ def attention(q_TNH, k_TMH, v_TMH, cu_seqlens_C, row_len):
     num_tokens, num_heads, head_dim = q_TNH.shape
     scale = 1.0 / math.sqrt(head_dim)
     if is_native("attention"):
-        # sparse_mode 3 (right-down causal) inside each document wants the compressed 2048 x 2048 mask.
-        mask = ops.triu(ops.ones((2048, 2048), ms.uint8), 1)
         ends = cu_seqlens_C[1:]
-        return ops.flash_attention_score(q_TNH, k_TMH, v_TMH, num_heads, attn_mask=mask, scalar_value=scale,
+        return ops.flash_attention_score(q_TNH, k_TMH, v_TMH, num_heads, attn_mask=_triangle(), scalar_value=scale,
                                          actual_seq_qlen=ends, actual_seq_kvlen=ends, input_layout="TND", sparse_mode=3)
     num_kv_heads = k_TMH.shape[1]
     group = num_heads // num_kv_heads
@@ -45,6 +47,17 @@ def attention(q_TNH, k_TMH, v_TMH, cu_seqlens_C, row_len):
     return out.transpose(0, 3, 1, 2, 4).reshape(num_tokens, num_heads, head_dim)
 
 
+@constexpr
+def _triangle():
+    """What sparse_mode 3 (causal from the lower right) wants as its mask on Ascend; the CPU's kernel never reads it."""
+    return _triangle_tensor()
+
+
+@functools.cache
+def _triangle_tensor():
+    return Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+
+
 def _row_mask(cu_seqlens_C, num_rows, row_len):
     """[R, 1, 1, L, L]: 0 where a position may look, -1e30 where it is later or in another document."""
     index = ops.arange(num_rows * row_len)
@@ -56,11 +69,22 @@ def _row_mask(cu_seqlens_C, num_rows, row_len):
     return ((1.0 - same * causal) * _MASKED).reshape(num_rows, 1, 1, row_len, row_len)
 
 
+@constexpr
+def _cached_attention_kernel():
+    return kernels.custom("CachedAttention", out_shape=_first, out_dtype=_first)
+
+
+def _first(q, *rest):
+    return q
+
+
 def cached_attention(q_BNH, k_cache_BMSH, v_cache_BMSH, positions_B):
     """Attention of one token per sequence over cache positions 0 .. positions_B[b]. Returns [B, N, H].
 
     k_cache_BMSH, v_cache_BMSH: [B * M, S, H], the token's own key and value already written.
     """
+    if is_native("cached_attention"):
+        return _cached_attention_kernel()(q_BNH, k_cache_BMSH, v_cache_BMSH, positions_B)
     batch, num_heads, head_dim = q_BNH.shape
     num_kv_heads = k_cache_BMSH.shape[0] // batch
     cache_len = k_cache_BMSH.shape[1]

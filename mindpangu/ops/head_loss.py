@@ -1,31 +1,101 @@
-"""The output projection and the loss on its logits, chunk by chunk, so that all positions' logits never exist at once.
+"""The output projection and the loss on its logits, without the logits of all positions ever existing.
 
-S supervised positions, D hidden, V vocabulary, C positions of a chunk, M metrics.
+S supervised positions, D hidden, V vocabulary, C positions of a chunk, K teacher top-k, M metrics.
 """
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.ops.primitive import constexpr
+
+from . import kernels
+from .cross_entropy import cross_entropy
+from .kernels import is_native
+from .topk_kl import form, topk_kl
 
 
-class HeadLoss(nn.Cell):
-    """Loss sum of hidden states under the output projection.
+class CrossEntropyHead(nn.Cell):
+    """Cross-entropy of hidden states under the output projection, summed over positions.
+
+    chunk_size: positions whose logits exist at a time; the CPU's native kernel takes as many as 212 MiB hold.
+    gradients: False computes none, for validation; asking for them then is an error.
+    """
+
+    def __init__(self, chunk_size, gradients=True):
+        super().__init__()
+        self.gradients = gradients
+        self.reference = _ChunkedHead(_cross_entropy_of_chunk, 1, chunk_size, gradients)
+
+    def construct(self, hidden_SD, weight_VD, labels_S, weights_S):
+        """Returns sum(weights * ce), differentiable, and metric_sums_1 = [sum(weights)]. Weight 0: not a target."""
+        if not is_native("head_loss"):
+            loss, metrics, _, _ = self.reference(hidden_SD, weight_VD, (labels_S, weights_S))
+        elif self.gradients:
+            loss, metrics, _, _ = _cross_entropy_kernel()(hidden_SD, weight_VD, labels_S, weights_S)
+        else:
+            loss, metrics = _cross_entropy_value_kernel()(hidden_SD, weight_VD, labels_S, weights_S)
+        return loss.reshape(()), metrics
+
+
+class TopkKlHead(nn.Cell):
+    """ce_factor * cross-entropy + kl_factor * KL(teacher || student) of hidden states under the output projection,
+    summed over positions; temperature and tail as in topk_kl, chunk_size and gradients as in CrossEntropyHead."""
+
+    def __init__(self, chunk_size, ce_factor, kl_factor, temperature=1.0, tail="bucket", gradients=True):
+        super().__init__()
+        self.gradients = gradients
+        self.form = form(temperature, tail, ce_factor, kl_factor)
+
+        def loss_of_chunk(logits, labels, weights, teacher_ids, teacher_logprobs):
+            ce, kl, mass, agreement, dlogits = topk_kl(logits, labels, teacher_ids, teacher_logprobs,
+                                                       weights * ce_factor, weights * kl_factor, temperature, tail)
+            ce_sum, kl_sum = (ce * weights).sum(), (kl * weights).sum()
+            metrics = ops.stack((weights.sum(), ce_sum, kl_sum, (mass * weights).sum(), (agreement * weights).sum()))
+            return ce_sum * ce_factor + kl_sum * kl_factor, metrics, dlogits
+
+        self.reference = _ChunkedHead(loss_of_chunk, 5, chunk_size, gradients)
+
+    def construct(self, hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK):
+        """Returns the loss sum, differentiable, and metric_sums_5: the sums over positions of the weight, and of the
+        weight times ce, kl, teacher mass and agreement. Weight 0: not a target."""
+        if not is_native("head_loss"):
+            loss, metrics, _, _ = self.reference(hidden_SD, weight_VD,
+                                                 (labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK))
+        elif self.gradients:
+            loss, metrics, _, _ = _topk_kl_kernel()(hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK,
+                                                    teacher_logprobs_SK, self.form)
+        else:
+            loss, metrics = _topk_kl_value_kernel()(hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK,
+                                                    teacher_logprobs_SK, self.form)
+        return loss.reshape(()), metrics
+
+
+def _cross_entropy_of_chunk(logits, labels, weights):
+    ce, dlogits = cross_entropy(logits, labels, weights)
+    return (ce * weights).sum(), ops.stack((weights.sum(),)), dlogits
+
+
+class _ChunkedHead(nn.Cell):
+    """Loss sum of hidden states under the output projection, a chunk of positions at a time.
 
     logits_loss(logits_CV, *targets_C) -> (loss_sum, metric_sums_M, dlogits_CV) on at most chunk_size positions.
     The gradients are computed in the forward pass, while a chunk's logits are at hand; the backward pass multiplies
     them by the incoming scalar. Metrics carry no gradient.
     """
 
-    def __init__(self, logits_loss, num_metrics, chunk_size):
+    def __init__(self, logits_loss, num_metrics, chunk_size, gradients):
         super().__init__()
         self.logits_loss = logits_loss
         self.num_metrics = num_metrics
         self.chunk_size = chunk_size
+        self.gradients = gradients
         self.project = ops.MatMul(transpose_b=True)
         self.hidden_grad = ops.MatMul()
         self.weight_grad = ops.MatMul(transpose_a=True)
 
     def run_chunk(self, hidden_CD, weight_VD, targets):
         loss, metrics, dlogits = self.logits_loss(self.project(hidden_CD, weight_VD), *targets)
+        if not self.gradients:
+            return loss, metrics, loss, loss
         d_weight = ops.cast(self.weight_grad(dlogits, hidden_CD), ms.float32)  # summed over chunks in float32
         return loss, metrics, self.hidden_grad(dlogits, weight_VD), d_weight
 
@@ -44,8 +114,8 @@ class HeadLoss(nn.Cell):
         loss = ops.zeros((), ms.float32)
         metrics = ops.zeros((self.num_metrics,), ms.float32)
         # ops.zeros, not zeros_like: beside bprop's zeros_like the graph compiler fails ("func graph is empty").
-        d_hidden = ops.zeros(hidden.shape, hidden.dtype)
-        d_weight = ops.zeros(weight_VD.shape, ms.float32)
+        d_hidden = ops.zeros(hidden.shape if self.gradients else (1,), hidden.dtype)
+        d_weight = ops.zeros(weight_VD.shape if self.gradients else (1,), ms.float32)
         i = ops.zeros((), ms.int32)
         while i < num_chunks:
             parts = ()
@@ -54,13 +124,17 @@ class HeadLoss(nn.Cell):
             chunk_loss, chunk_metrics, d_chunk, d_weight_chunk = self.run_chunk(hidden[i], weight_VD, parts)
             loss = loss + chunk_loss
             metrics = metrics + chunk_metrics
-            d_hidden = ops.tensor_scatter_update(d_hidden, i.reshape(1, 1), ops.expand_dims(d_chunk, 0))
-            d_weight = d_weight + d_weight_chunk
+            if self.gradients:
+                d_hidden = ops.tensor_scatter_update(d_hidden, i.reshape(1, 1), ops.expand_dims(d_chunk, 0))
+                d_weight = d_weight + d_weight_chunk
             i = i + 1
-        d_hidden = d_hidden.reshape(num_chunks * chunk, hidden_size)[:num_positions]
+        if self.gradients:
+            d_hidden = d_hidden.reshape(num_chunks * chunk, hidden_size)[:num_positions]
         return loss, metrics, d_hidden, d_weight
 
     def bprop(self, hidden_SD, weight_VD, targets, out, dout):
+        if not self.gradients:
+            _refuse()
         d_targets = ()
         for target in targets:
             d_targets = d_targets + (ops.zeros_like(target),)
@@ -73,3 +147,79 @@ def _in_chunks(x, padding, chunk):
     if padding > 0:
         x = ops.concat((x, ops.zeros((padding,) + x.shape[1:], x.dtype)), 0)
     return x.reshape((x.shape[0] // chunk, chunk) + x.shape[1:])
+
+
+@constexpr
+def _refuse():
+    raise ValueError("this loss was made with gradients=False, for validation: make it with gradients=True to train.")
+
+
+@constexpr
+def _cross_entropy_kernel():
+    return kernels.custom("CrossEntropyHead", out_shape=_cross_entropy_shapes, out_dtype=_dtypes,
+                          bprop=_cross_entropy_bprop)
+
+
+@constexpr
+def _cross_entropy_value_kernel():
+    return kernels.custom("CrossEntropyHeadValue", out_shape=_cross_entropy_value_shapes, out_dtype=_value_dtypes,
+                          bprop=_cross_entropy_value_bprop)
+
+
+@constexpr
+def _topk_kl_kernel():
+    return kernels.custom("TopkKlHead", out_shape=_topk_kl_shapes, out_dtype=_dtypes, bprop=_topk_kl_bprop)
+
+
+@constexpr
+def _topk_kl_value_kernel():
+    return kernels.custom("TopkKlHeadValue", out_shape=_topk_kl_value_shapes, out_dtype=_value_dtypes,
+                          bprop=_topk_kl_value_bprop)
+
+
+def _cross_entropy_shapes(hidden, weight, *targets):
+    return [1], [1], hidden, weight
+
+
+def _cross_entropy_value_shapes(*inputs):
+    return [1], [1]
+
+
+def _topk_kl_shapes(hidden, weight, *targets):
+    return [1], [5], hidden, weight
+
+
+def _topk_kl_value_shapes(*inputs):
+    return [1], [5]
+
+
+def _dtypes(hidden, *rest):
+    return ms.float32, ms.float32, hidden, ms.float32
+
+
+def _value_dtypes(*inputs):
+    return ms.float32, ms.float32
+
+
+def _cross_entropy_bprop(hidden, weight, labels, weights, out, dout):
+    d_hidden, d_weight = _scaled(out, dout, hidden, weight)
+    return d_hidden, d_weight, ops.zeros_like(labels), ops.zeros_like(weights)
+
+
+def _topk_kl_bprop(hidden, weight, labels, weights, teacher_ids, teacher_logprobs, form, out, dout):
+    d_hidden, d_weight = _scaled(out, dout, hidden, weight)
+    return (d_hidden, d_weight, ops.zeros_like(labels), ops.zeros_like(weights), ops.zeros_like(teacher_ids),
+            ops.zeros_like(teacher_logprobs), ops.zeros_like(form))
+
+
+def _scaled(out, dout, hidden, weight):
+    """The kernel's gradients times the incoming scalar."""
+    return ops.cast(out[2] * dout[0], hidden.dtype), ops.cast(out[3] * dout[0], weight.dtype)
+
+
+def _cross_entropy_value_bprop(hidden, weight, labels, weights, out, dout):
+    return _refuse()
+
+
+def _topk_kl_value_bprop(hidden, weight, labels, weights, teacher_ids, teacher_logprobs, form, out, dout):
+    return _refuse()

@@ -1,9 +1,31 @@
 """Draw one token per sequence from its logits: temperature, top-k, top-p. B sequences, V vocabulary."""
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
+
+from . import kernels
+from .kernels import is_native
 
 _MASKED = -1e30
+
+
+def _shapes(logits, uniforms, settings):
+    return uniforms, uniforms
+
+
+def _dtypes(logits, uniforms, settings):
+    return ms.int32, ms.float32
+
+
+@constexpr
+def _sample_kernel():
+    return kernels.custom("Sample", out_shape=_shapes, out_dtype=_dtypes)
+
+
+@constexpr
+def _settings(temperature, top_k, top_p):
+    return Tensor([temperature, top_k, top_p], ms.float32)
 
 
 def sample(logits_BV, uniforms_B, temperature=1.0, top_k=0, top_p=1.0):
@@ -16,6 +38,8 @@ def sample(logits_BV, uniforms_B, temperature=1.0, top_k=0, top_p=1.0):
     Returns tokens_B int32, logprobs_B float32.
     """
     logits = ops.cast(logits_BV, ms.float32)
+    if is_native("sample"):
+        return _sample_kernel()(logits, uniforms_B, _settings(temperature, top_k, top_p))
     if temperature == 0:
         tokens = ops.cast(ops.argmax(logits, -1), ms.int32)
         logprobs = ops.gather_d(ops.log_softmax(logits, -1), 1, ops.expand_dims(tokens, 1))

@@ -4,8 +4,14 @@ N positions, V vocabulary, K teacher top-k.
 """
 
 import mindspore as ms
-from mindspore import ops
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops.primitive import constexpr
 
+from . import kernels
+from .kernels import is_native
+
+TAILS = ("bucket", "renormalised_teacher", "renormalised_both", "truncated")
 _MASKED = -1e30
 _TINY = 1e-37  # about the smallest normal float32: keeps log finite where the probability beside it is zero
 
@@ -15,18 +21,22 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
     """Cross-entropy and forward KL to the teacher per position, in nats, and the gradient of their weighted sum.
 
     teacher_ids_NK: int32, distinct in a row, most likely first. teacher_logprobs_NK: natural log with respect to the
-    whole vocabulary, at temperature 1. The teacher's mass outside the K tokens is one more outcome, the tail; the
-    student's tail is its mass on all other tokens. A temperature t acts on these K + 1 outcomes of both (p^(1/t),
-    normalised) and the KL is multiplied by t^2, so that gradients keep their size (Hinton et al. 2015,
-    arXiv:1503.02531, section 2). With p, q the teacher's and student's outcomes and P, Q their sums over the K tokens,
-    `tail` is one of
+    whole vocabulary, at temperature 1; -inf for a token that the teacher excludes. The teacher's mass outside the K
+    tokens is one more outcome, the tail; the student's tail is its mass on all other tokens. A temperature t acts on
+    these K + 1 outcomes of both (p^(1/t), normalised) and the KL is multiplied by t^2, so that gradients keep their
+    size (Hinton et al. 2015, arXiv:1503.02531, section 2). With p, q the teacher's and student's outcomes and P, Q
+    their sums over the K tokens, `tail` is one of
         bucket                  sum p log(p/q) + p_tail log(p_tail/q_tail)      a lower bound of the full KL
         renormalised_teacher    sum (p/P) log((p/P)/q)
         renormalised_both       sum (p/P) log((p/P)/(q/Q))
         truncated               sum p log(p/q)                                  can be negative
     Returns ce_N, kl_N, teacher_mass_N (P at temperature 1), agreement_N (1 where both have the same top token), all
-    float32, and dlogits_NV = d(sum(ce_weights * ce + kl_weights * kl))/dlogits in the logits' dtype.
+    float32, and dlogits_NV = d(sum(ce_weights * ce + kl_weights * kl))/dlogits in the logits' dtype; none of them is
+    differentiable. Raises ValueError for a temperature that is not positive and an unknown tail.
     """
+    form_2 = _form(temperature, tail)
+    if is_native("topk_kl"):
+        return _kernel()(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights_N, kl_weights_N, form_2)
     logits = ops.cast(logits_NV, ms.float32)
     num_top = teacher_ids_NK.shape[1]
     lse_N1 = ops.logsumexp(logits, -1, True)
@@ -41,7 +51,8 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
     rest_lse_N1 = ops.logsumexp(rest_NV, -1, True)
     teacher_mass_N = ops.minimum(ops.exp(teacher_logprobs_NK).sum(-1), ops.ones_like(ce_N))
     teacher_tail_N1 = ops.expand_dims(1.0 - teacher_mass_N, 1)
-    p, q = teacher_logprobs_NK, student_NK
+    # Finite where the probability is zero, so that 0 log 0 is 0.
+    p, q = ops.maximum(teacher_logprobs_NK, ops.full_like(teacher_logprobs_NK, _MASKED)), student_NK
     has_tail = num_top < logits.shape[1]  # with all tokens kept nothing is left, and 1 - P is rounding noise
     if has_tail:
         p = ops.concat((p, ops.log(ops.maximum(teacher_tail_N1, ops.full_like(lse_N1, _TINY)))), -1)
@@ -79,3 +90,31 @@ def topk_kl(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, ce_weights
 
     agreement_N = ops.cast(ops.cast(ops.argmax(logits, -1), ms.int32) == teacher_ids_NK[:, 0], ms.float32)
     return ce_N, kl_N, teacher_mass_N, agreement_N, ops.cast(dlogits, logits_NV.dtype)
+
+
+@constexpr
+def _kernel():
+    return kernels.custom("TopkKl", out_shape=_shapes, out_dtype=_dtypes)
+
+
+@constexpr
+def _form(temperature, tail):
+    return form(temperature, tail)
+
+
+def form(temperature, tail, *more):
+    """What the kernels take: a float32 tensor of the temperature, the tail's place in TAILS, and further numbers."""
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: expected a positive number.")
+    if tail not in TAILS:
+        raise ValueError(f"tail={tail!r}: expected one of {TAILS}.")
+    return Tensor(np.array([temperature, TAILS.index(tail), *more], np.float32))
+
+
+def _shapes(logits, labels, *rest):
+    positions = [logits[0]]
+    return positions, positions, positions, positions, logits
+
+
+def _dtypes(logits, *rest):
+    return ms.float32, ms.float32, ms.float32, ms.float32, logits

@@ -10,6 +10,7 @@ from .metrics import say
 
 _PACKAGES = ("mindspore", "numpy", "sentencepiece", "safetensors", "hydra-core")
 _started = None
+_library = None
 
 
 def num_usable_cores():
@@ -22,12 +23,12 @@ def start(run):
 
     Raises ValueError if the process was already set up otherwise: MindSpore has one device and one thread pool.
     """
-    global _started
-    wanted = (run.device, run.kernels, tuple(run.reference_ops), run.num_threads)
+    global _started, _library
+    wanted = (run.device, run.kernels, tuple(run.reference_ops), run.precision, run.num_threads)
     if _started is not None:
         if _started[0] != wanted:
-            raise ValueError(f"run.device, kernels, reference_ops, num_threads = {wanted}, but this process runs with "
-                             f"{_started[0]}: start a new process.")
+            raise ValueError(f"run.device, kernels, reference_ops, precision, num_threads = {wanted}, but this process "
+                             f"runs with {_started[0]}: start a new process.")
         return _started[1]
     threads = run.num_threads or num_usable_cores()
     if "mindspore" not in sys.modules:
@@ -36,12 +37,19 @@ def start(run):
         os.environ["OMP_NUM_THREADS"] = str(threads)
         # Spinning teams collapse when another process takes a core: a step went from 290 to 2200 ms.
         os.environ["OMP_WAIT_POLICY"] = "passive"
+    path = None
+    if run.device == "CPU" and run.kernels == "native":
+        from ..ops.cpu import build
+
+        path = build.build(say=say)
+        _library = build.load(path, threads)
+        _library.pangu_set_bf16_products(int(run.precision == "bfloat16"))
     import mindspore as ms
 
     from ..ops import kernels
 
     ms.set_device(run.device)
-    chosen = kernels.select(run.kernels, run.reference_ops, run.device)
+    chosen = kernels.select(run.kernels, run.reference_ops, run.device, path)
     by_kernel = {}
     for op, kernel in chosen.items():
         by_kernel.setdefault(kernel, []).append(op)
@@ -49,6 +57,16 @@ def start(run):
         "; ".join(f"{kernel} kernels: {', '.join(ops)}" for kernel, ops in sorted(by_kernel.items())))
     _started = (wanted, chosen)
     return chosen
+
+
+def cpu_library():
+    """The CPU library as a ctypes DLL, or None: this process has not started, or runs without it."""
+    return _library
+
+
+def activation_dtype(run):
+    """Key of model.pangu.DTYPES: what tensors are, as opposed to what products round their operands to."""
+    return "float32" if run.device == "CPU" else run.precision
 
 
 def describe_environment(run):

@@ -15,13 +15,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, ops
 
+from ..ops.adamw import global_norm
 from . import checkpoint as checkpoints
 from .metrics import MetricsFile, Reporter, peak_memory_gib, say, step_line
-from .optim import AdamW, global_norm, learning_rate
+from .optim import AdamW, learning_rate
 
 
 def make_gradient_step(loss_fn, parameters, num_metrics):
-    """step(*arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum / weight)."""
+    """step(*arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum)."""
     value_and_grad = ops.value_and_grad(loss_fn, None, parameters, has_aux=True)
 
     def gradient_step(*batch):
@@ -50,11 +51,7 @@ def make_gradient_step(loss_fn, parameters, num_metrics):
                     total = total + (grads[j] + part_grads[j],)
                 grads = total
                 i = i + 1
-        scale = 1.0 / metrics[0]
-        mean_grads = ()
-        for grad in grads:
-            mean_grads = mean_grads + (grad * scale,)
-        return loss, metrics, mean_grads
+        return loss, metrics, grads
 
     return gradient_step
 
@@ -82,13 +79,14 @@ class Loop:
         gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names))
         optimizer, clip_norm = self.optimizer, train.clip_norm
 
-        def training_step(hyperparameters_3, *batch):
+        def training_step(hyperparameters_5, *batch):
             loss, metrics, grads = gradient_step(*batch)
-            norm = global_norm(grads)
+            weight = metrics[0]
+            norm = global_norm(grads) / weight
             finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
             if finite:
-                scale = clip_norm / ops.maximum(norm, ops.full_like(norm, clip_norm))
-                loss = ops.depend(loss, optimizer(grads, scale, hyperparameters_3))
+                scale = clip_norm / (ops.maximum(norm, ops.full_like(norm, clip_norm)) * weight)
+                loss = ops.depend(loss, optimizer(grads, scale, hyperparameters_5))
             return loss, norm, metrics
 
         self.training_step = ms.jit(training_step) if run.mode == "graph" else training_step

@@ -3,7 +3,9 @@
 import math
 
 import mindspore as ms
-from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore import ParameterTuple, Tensor, nn
+
+from ..ops.adamw import adamw
 
 
 def learning_rate(step, num_steps, train):
@@ -17,9 +19,8 @@ def learning_rate(step, num_steps, train):
 class AdamW(nn.Cell):
     """Updates its parameters in place; the moments are Parameters m.* and v.* in float32.
 
-    MindSpore's fused AdamWeightDecay has no bias correction: it is folded into the learning rate, epsilon and decay
-    that `hyperparameters` gives, which leaves the update exactly
-        p -= lr * ((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p).
+    The bias correction is folded into the learning rate, epsilon and decay that `hyperparameters` gives, which leaves
+    the update exactly p -= lr * ((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p).
     """
 
     def __init__(self, parameters, train):
@@ -27,32 +28,17 @@ class AdamW(nn.Cell):
         self.parameters_ = ParameterTuple(parameters)
         self.m = self.parameters_.clone("m", "zeros")
         self.v = self.parameters_.clone("v", "zeros")
-        self.decayed = tuple(p.ndim > 1 for p in parameters)  # none on norms and biases
+        self.decays = Tensor([float(p.ndim > 1) for p in parameters], ms.float32)  # none on norms and biases
         self.train_config = train
-        self.beta1, self.beta2 = Tensor(train.beta1, ms.float32), Tensor(train.beta2, ms.float32)
-        self.no_decay = Tensor(0.0, ms.float32)
-        self.update = ops.AdamWeightDecay()
 
     def hyperparameters(self, step, lr):
-        """Tensor [lr, eps, weight decay] of 0-based step `step`, with the bias correction folded in."""
+        """Tensor [lr, beta1, beta2, eps, weight decay] of 0-based step `step`, with the bias correction folded in."""
         train = self.train_config
         correction1 = 1 - train.beta1 ** (step + 1)
         root = math.sqrt(1 - train.beta2 ** (step + 1))
-        return Tensor([lr * root / correction1, train.eps * root, train.weight_decay * correction1 / root], ms.float32)
+        return Tensor([lr * root / correction1, train.beta1, train.beta2, train.eps * root,
+                       train.weight_decay * correction1 / root], ms.float32)
 
-    def construct(self, grads, scale, hyperparameters_3):
-        """One update with grads * scale."""
-        lr, eps, decay = hyperparameters_3[0], hyperparameters_3[1], hyperparameters_3[2]
-        for i in range(len(self.parameters_)):
-            weight_decay = decay if self.decayed[i] else self.no_decay
-            self.update(self.parameters_[i], self.m[i], self.v[i], lr, self.beta1, self.beta2, eps, weight_decay,
-                        grads[i] * scale)
-        return lr
-
-
-def global_norm(grads):
-    """Euclidean norm of all gradients together."""
-    total = ops.zeros((), ms.float32)
-    for grad in grads:
-        total = total + ops.square(ops.cast(grad, ms.float32)).sum()
-    return ops.sqrt(total)
+    def construct(self, grads, scale, hyperparameters_5):
+        """One update with grads * scale. Returns a tensor to depend on."""
+        return adamw(self.parameters_, self.m, self.v, grads, scale, hyperparameters_5, self.decays)

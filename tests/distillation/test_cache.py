@@ -1,16 +1,11 @@
-import runpy
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mindpangu.tools.bench_data import kl_of_stored, zipf_teacher
 
 from mindpangu.data.shards import read_shard, write_shard
 from mindpangu.distillation.cache import LOWEST, decode_topk, encode_topk
-
-BENCH = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "bench.py"))
-zipf_teacher, kl_of_stored = BENCH["zipf_teacher"], BENCH["kl_of_stored"]
 
 
 def assert_is_a_distribution(logprobs_NK):

@@ -13,8 +13,7 @@ from mindpangu.config import ModelConfig
 from mindpangu.model.pangu import Pangu
 from mindpangu.model.size import num_parameters
 from mindpangu.model.weights import hugging_face_names, load_model, save_weights
-from mindpangu.ops.cross_entropy import cross_entropy
-from mindpangu.ops.head_loss import HeadLoss
+from mindpangu.ops.head_loss import CrossEntropyHead
 
 pytestmark = pytest.mark.usefixtures("mindspore_cpu")
 # Float32 rounding (6e-8) over some hundred dependent sums; a wrong epsilon, scale or angle shows at 1e-3 and above.
@@ -48,12 +47,6 @@ def llama_logits(llama, tokens, documents):
                       for start, end in documents])
 
 
-def weighted_cross_entropy(logits_NV, labels_N, weights_N):
-    ce_N, dlogits_NV = cross_entropy(logits_NV, labels_N, weights_N)
-    loss = (ce_N * weights_N).sum()
-    return loss, loss.reshape(1), dlogits_NV
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_logits_and_gradients_are_those_of_transformers(seed, random_config, random_llama, tmp_path):
     config = random_config(seed)
@@ -70,11 +63,11 @@ def test_logits_and_gradients_are_those_of_transformers(seed, random_config, ran
     inputs = tensors(tokens, positions, cu_seqlens)
     assert relative_error(model.logits(model(*inputs, row_len)).asnumpy(), theirs.detach().numpy()) < RTOL
 
-    head_loss = HeadLoss(weighted_cross_entropy, 1, chunk_size=16)
+    head = CrossEntropyHead(chunk_size=16)
 
     def loss_of(*inputs_and_targets):
         hidden = model(*inputs_and_targets[:3], row_len)
-        return head_loss(hidden, model.head_weight(), inputs_and_targets[3:])[0]
+        return head(hidden, model.head_weight(), *inputs_and_targets[3:])[0]
 
     parameters = dict(model.parameters_and_names())
     loss, gradients = ms.value_and_grad(loss_of, None, list(parameters.values()))(*inputs, *tensors(labels, weights))
@@ -133,11 +126,11 @@ def test_eager_and_graph_agree(model_and_graph):
     inputs = tensors(tokens, positions, padded(cu_seqlens, 20))
     assert relative_error(graph(*inputs).asnumpy(), eager(*inputs).asnumpy()) < 1e-6
 
-    head_loss = HeadLoss(weighted_cross_entropy, 1, chunk_size=16)
+    head = CrossEntropyHead(chunk_size=16)
 
     def loss_of(tokens_T, positions_T, cu_seqlens_C, labels_T, weights_T):
         hidden = model(tokens_T, positions_T, cu_seqlens_C, 20)
-        return head_loss(hidden, model.head_weight(), (labels_T, weights_T))[0]
+        return head(hidden, model.head_weight(), labels_T, weights_T)[0]
 
     value_and_grad = ms.value_and_grad(loss_of, None, model.trainable_params())
 

@@ -1,71 +1,320 @@
-"""The chunked head: against itself unchunked is not enough, so against torch autograd in double precision too."""
+"""The output projection with its loss against torch autograd in double precision."""
+
+import subprocess
+import sys
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mindspore import Tensor
 
-from mindpangu.ops.cross_entropy import cross_entropy
-from mindpangu.ops.head_loss import HeadLoss
+from mindpangu.ops.head_loss import CrossEntropyHead, TopkKlHead
+from mindpangu.ops.topk_kl import TAILS
 
-pytestmark = pytest.mark.usefixtures("mindspore_cpu")
-
-
-def weighted_cross_entropy(logits_NV, labels_N, weights_N):
-    ce_N, dlogits_NV = cross_entropy(logits_NV, labels_N, weights_N)
-    loss = (ce_N * weights_N).sum()
-    return loss, ms.ops.stack((loss, weights_N.sum())), dlogits_NV
-
-
-def case():
-    random = np.random.default_rng(0)
-    return (random.normal(0, 1, (11, 8)).astype(np.float32), random.normal(0, 1, (20, 8)).astype(np.float32),
-            random.integers(0, 20, 11).astype(np.int32), random.uniform(0, 2, 11).astype(np.float32))
+pytestmark = pytest.mark.usefixtures("kernel")
+MODES = pytest.mark.parametrize("mode", ["eager", "graph"])
+hypothesis_settings = settings(max_examples=15, deadline=None,
+                               suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Relative to the sums of absolute values, see `expected`. MindSpore's exp on CPU has an error of up to 5e-6.
+RTOL = 1e-5
+# Against the same rounded operands: gradients of the logits are rounded to bfloat16 twice, by at most 2^-8 each time.
+BF16_RTOL = 2**-7
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
-def test_loss_and_gradients_match_double_precision_whatever_the_chunks(mode, chunk_size):
-    hidden, weight, labels, weights = case()
-    head_loss = HeadLoss(weighted_cross_entropy, 2, chunk_size)
+def case(seed=0, num_positions=11, hidden_size=8, vocab_size=20, k=5):
+    """hidden, weight, labels (some in the top-k), weights (some zero), the teacher's ids and log-probabilities."""
+    random = np.random.default_rng(seed)
+    hidden = random.normal(0, 1, (num_positions, hidden_size)).astype(np.float32)
+    weight = random.normal(0, 2 / hidden_size**0.5, (vocab_size, hidden_size)).astype(np.float32)
+    ids = np.argsort(random.random((num_positions, vocab_size)), -1)[:, :k].astype(np.int32)
+    teacher = random.dirichlet(np.ones(k), num_positions) * (0.9 if k < vocab_size else 1)
+    labels = random.integers(0, vocab_size, num_positions).astype(np.int32)
+    labels[::2] = ids[::2, -1]
+    weights = random.uniform(0, 2, num_positions).astype(np.float32)
+    weights[1::4] = 0
+    return hidden, weight, labels, weights, ids, np.log(teacher).astype(np.float32)
 
-    def loss(hidden, weight, labels, weights, scale):
-        # Used twice and scaled, as under gradient accumulation: bprop's scalar is neither 1 nor the only path.
-        loss_sum, metrics, _, _ = head_loss(hidden * 2.0, weight, (labels, weights))
-        return scale * loss_sum + (hidden * weight[:11]).sum(), metrics
 
-    value_and_grad = ms.value_and_grad(loss, (0, 1), has_aux=True)
+def expected(hidden, weight, labels, weights, ids, logprobs, ce_factor, kl_factor, temperature=1.0, tail="bucket"):
+    """loss, metric sums and gradients in hidden and weight, by the definitions; and the scales of their errors.
+
+    A value's scale is its size and a nat per position; a gradient's is its largest sum of absolute terms, because
+    what cancels in a sum leaves its rounding.
+    """
+    hidden, weight = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (hidden, weight))
+    logits, weights = hidden @ weight.T, torch.tensor(weights, dtype=torch.float64)
+    logits.retain_grad()
+    student, ids = torch.log_softmax(logits, -1), torch.tensor(ids, dtype=torch.long)
+    ce = -student.gather(1, torch.tensor(labels, dtype=torch.long)[:, None])[:, 0]
+    k, p = ids.shape[1], torch.tensor(logprobs, dtype=torch.float64)
+    mass, q = p.exp().sum(-1), student.gather(1, ids)
+    if k < logits.shape[1]:
+        p = torch.cat([p, torch.log1p(-p.exp().sum(-1, keepdim=True))], 1)
+        q = torch.cat([q, student.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)], 1)
+    p, q = torch.log_softmax(p / temperature, -1), torch.log_softmax(q / temperature, -1)
+    if tail != "bucket":
+        p, q = p[:, :k], q[:, :k]
+    if tail.startswith("renormalised"):
+        p = torch.log_softmax(p, -1)
+    if tail == "renormalised_both":
+        q = torch.log_softmax(q, -1)
+    kl = temperature**2 * (p.exp() * (p - q)).sum(-1)
+    agreement = (logits.argmax(-1) == ids[:, 0]).double()
+    loss = (weights * (ce_factor * ce + kl_factor * kl)).sum()
+    loss.backward()
+    sums = np.array([weights.sum().item(), *((weights * each).sum().item() for each in (ce, kl, mass, agreement))])
+    values = loss.item(), sums, hidden.grad.numpy(), weight.grad.numpy()
+    size = logits.grad.abs()
+    scales = (abs(values[0]) + sums[0], np.abs(sums) + sums[0], (size @ weight.abs()).max().item(),
+              (size.T @ hidden.abs()).max().item())
+    return values, scales
+
+
+def value_and_gradients(head, inputs, mode="eager"):
+    """loss, metric sums and gradients in hidden and weight, as float32 arrays; inputs: tensors or arrays."""
+    value_and_grad = ms.value_and_grad(head, (0, 1), has_aux=True)
 
     def run(*inputs):
         return value_and_grad(*inputs)
 
-    inputs = [Tensor(array) for array in (hidden, weight, labels, weights, np.float32(-0.7))]
-    (value, metrics), gradients = (ms.jit(run) if mode == "graph" else run)(*inputs)
-    h, w = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (hidden, weight))
-    ce = torch.nn.functional.cross_entropy(2 * h @ w.T, torch.tensor(labels, dtype=torch.long), reduction="none")
-    expected = (ce * torch.tensor(weights)).sum()
-    (-0.7 * expected + (h * w[:11]).sum()).backward()
-    # MindSpore's exp on CPU has a relative error of up to 5e-6.
-    np.testing.assert_allclose(metrics.asnumpy(), [expected.item(), weights.sum()], rtol=5e-6)
-    np.testing.assert_allclose(value.asnumpy(), -0.7 * expected.item() + (hidden * weight[:11]).sum(), rtol=5e-6)
-    for gradient, tensor in zip(gradients, (h, w), strict=True):
-        assert np.abs(gradient.asnumpy() - tensor.grad.numpy()).max() <= 1e-5 * tensor.grad.abs().max()
+    inputs = [each if isinstance(each, Tensor) else Tensor(each) for each in inputs]
+    (loss, metrics), gradients = (ms.jit(run) if mode == "graph" else run)(*inputs)
+    return [ms.ops.cast(each, ms.float32).asnumpy() for each in (loss, metrics, *gradients)]
 
 
-def test_targets_may_have_further_axes():
-    hidden, weight, _, _ = case()
-    targets = np.random.default_rng(1).normal(0, 1, (11, 3, 2)).astype(np.float32)
+def check(ours, values_and_scales, rtol=RTOL):
+    for name, our, value, scale in zip(("loss", "metrics", "d_hidden", "d_weight"), ours, *values_and_scales,
+                                       strict=True):
+        assert (np.abs(our - value) <= rtol * (scale + 1e-6)).all(), name
 
-    def linear(logits_NV, targets_N32):
-        coefficients = targets_N32.reshape(-1, 6)
-        loss = (logits_NV[:, :6] * coefficients).sum()
-        return loss, loss.reshape(1), ms.ops.pad(coefficients, (0, 14))
 
-    loss_sum, metrics, d_hidden, d_weight = HeadLoss(linear, 1, 4)(
-        Tensor(hidden), Tensor(weight), (Tensor(targets),))
-    coefficients = np.pad(targets.reshape(11, 6), ((0, 0), (0, 14))).astype(np.float64)
-    np.testing.assert_allclose(loss_sum.asnumpy(), (hidden @ weight.T * coefficients).sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics.asnumpy()[0], loss_sum.asnumpy(), rtol=1e-6)
-    np.testing.assert_allclose(d_hidden.asnumpy(), coefficients @ weight, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(d_weight.asnumpy(), coefficients.T @ hidden, rtol=0, atol=1e-5)
+@MODES
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+def test_cross_entropy_matches_double_precision_whatever_the_chunks(mode, chunk_size):
+    hidden, weight, labels, weights, ids, logprobs = case()
+    head = CrossEntropyHead(chunk_size)
+
+    def loss(hidden, weight, labels, weights, scale):
+        # Used twice and scaled, as under gradient accumulation: bprop's scalar is neither 1 nor the only path.
+        loss_sum, metrics = head(hidden * 2.0, weight, labels, weights)
+        return scale * loss_sum + (hidden * weight[:11]).sum(), metrics
+
+    ours = value_and_gradients(loss, (hidden, weight, labels, weights, np.float32(-0.7)), mode)
+    (value, metrics, d_hidden, d_weight), scales = expected(2 * hidden, weight, labels, weights, ids, logprobs, 1, 0)
+    wanted = (-0.7 * value + (hidden * weight[:11]).sum(), metrics[:1], -1.4 * d_hidden + weight[:11],
+              -0.7 * d_weight + np.pad(hidden, ((0, 9), (0, 0))))
+    check(ours, (wanted, (scales[0], scales[1][:1], 2 * scales[2], scales[3])))
+
+
+@MODES
+@pytest.mark.parametrize("chunk_size", [4, 100])
+@pytest.mark.parametrize(("tail", "form"), list(zip(
+    TAILS, [(0.1, 0.9), (1.0, 0.5, 2.0), (0.0, 1.0, 0.5), (1.0, 2.0)], strict=True)))
+def test_topk_kl_matches_double_precision_whatever_the_chunks(mode, chunk_size, tail, form):
+    head = TopkKlHead(chunk_size, *form, tail=tail)
+    check(value_and_gradients(head, case(), mode), expected(*case(), *form, tail=tail))
+
+
+@hypothesis_settings
+@given(data=st.data(), num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(1, 700),
+       tail=st.sampled_from(TAILS), temperature=st.sampled_from([0.5, 1.0, 2.0]), seed=st.integers(0, 99))
+def test_any_size_matches_double_precision(data, num_positions, hidden_size, vocab_size, tail, temperature, seed):
+    k = data.draw(st.sampled_from(sorted({1, min(10, vocab_size), min(40, vocab_size)})))
+    inputs = case(seed, num_positions, hidden_size, vocab_size, k)
+    head = TopkKlHead(32, 0.3, 0.7, temperature, tail)
+    # Log-ratios of some nats multiply the error of an exponential, 1 / temperature that of a log-probability.
+    check(value_and_gradients(head, inputs), expected(*inputs, 0.3, 0.7, temperature, tail),
+          2 * RTOL / min(1, temperature))
+
+
+@pytest.mark.parametrize("operands", ["bfloat16 tensors", "bfloat16 products"])
+@hypothesis_settings
+@given(num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(12, 700),
+       tail=st.sampled_from(TAILS), seed=st.integers(0, 99))
+def test_bfloat16_matches_double_precision_on_rounded_operands(operands, num_positions, hidden_size, vocab_size, tail,
+                                                               seed, kernel, cpu_library):
+    if kernel == "reference":
+        return  # composed from primitives, most of which MindSpore lacks in bfloat16
+    inputs = case(seed, num_positions, hidden_size, vocab_size, 10)
+    rounded = [torch.tensor(array).bfloat16().float().numpy() for array in inputs[:2]]
+    head = TopkKlHead(32, 0.3, 0.7, tail=tail)
+    if operands == "bfloat16 tensors":
+        ours = value_and_gradients(head, [Tensor(array, ms.bfloat16) for array in inputs[:2]] + list(inputs[2:]))
+    else:
+        cpu_library.pangu_set_bf16_products(1)
+        try:
+            ours = value_and_gradients(head, inputs)
+        finally:
+            cpu_library.pangu_set_bf16_products(0)
+    values, scales = expected(*rounded, *inputs[2:], 0.3, 0.7, tail=tail)
+    check(ours[:2] + [0, 0], (values[:2] + (0, 0), scales))  # products of rounded numbers are summed in float32
+    check(ours, (values, scales), BF16_RTOL)
+
+
+def test_bfloat16_keeps_the_relative_precision_of_small_probabilities(kernel, cpu_library):
+    if kernel == "reference":
+        return
+    # One position with hidden state 1: the weight's gradient is that of the logits, which the weight is.
+    logits = -np.arange(0, 64, 0.25, dtype=np.float32)  # exact in bfloat16
+    arrays = (np.ones((1, 1), np.float32), logits[:, None], np.zeros(1, np.int32), np.ones(1, np.float32))
+    inputs = [Tensor(array, ms.bfloat16) for array in arrays[:2]] + list(arrays[2:])
+    ours = value_and_gradients(CrossEntropyHead(8), inputs)[3][:, 0]
+    wanted = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    wanted[0] -= 1
+    assert 0 < wanted[-1] < 1e-28
+    np.testing.assert_allclose(ours, wanted, rtol=2**-7)
+
+
+def test_positions_without_weight_leave_before_the_product(kernel):
+    hidden, *rest = case()
+    dropped = rest[2] == 0
+    if kernel == "native":
+        hidden[dropped] = np.nan  # the reference multiplies by zero, which NaN survives
+    for head, inputs in ((TopkKlHead(4, 0.5, 0.5), (hidden, *rest)), (CrossEntropyHead(4), (hidden, *rest[:3]))):
+        ours = value_and_gradients(head, inputs)
+        assert dropped.any() and all(np.isfinite(each).all() for each in ours)
+        assert not ours[2][dropped].any() and ours[2][~dropped].any(-1).all()
+
+
+@MODES
+@pytest.mark.parametrize("num_positions", [0, 1, 9])
+def test_without_targets_loss_metrics_and_gradients_are_zero(mode, num_positions, kernel):
+    if kernel == "reference" and num_positions == 0:
+        return  # MindSpore's reductions of nothing are not defined on CPU
+    inputs = case(num_positions=max(1, num_positions))
+    inputs = [inputs[0][:num_positions], inputs[1], *(each[:num_positions] for each in inputs[2:])]
+    inputs[3] = 0 * inputs[3]
+    for _ in range(2):  # twice: memory that happens to be zero would pass once
+        for head, arrays in ((TopkKlHead(4, 0.5, 0.5), inputs), (CrossEntropyHead(4), inputs[:4])):
+            ours = value_and_gradients(head, arrays, mode)
+            assert [each.shape for each in ours[2:]] == [each.shape for each in inputs[:2]]
+            assert not any(each.any() for each in ours)
+
+
+def test_large_logits_and_a_certain_teacher_stay_right(kernel):
+    hidden, weight, labels, weights, ids, logprobs = case()
+    hidden[:, 0], weight[:, 0] = 100, 100  # all logits of a position are 1e4 and some
+    hidden[0] *= -1
+    logprobs[:3] = np.log(np.array([1 - 4e-3, 1e-3, 1e-3, 1e-3, 0.5e-3]))
+    logprobs[3, 1:] = -np.inf
+    logprobs[3, 0] = np.log(0.5)
+    inputs = hidden, weight, labels, weights, ids, logprobs
+    theirs = expected(*inputs[:5], np.maximum(logprobs, -300), 0.5, 0.5)
+    # Products of 1e4 in float32 have a spacing of 1e-3, which is what differences of logits are known to.
+    check(value_and_gradients(TopkKlHead(4, 0.5, 0.5), inputs), theirs, 2e-3)
+
+
+def test_equal_logits_agree_where_the_teachers_token_is_the_first():
+    # 700 tokens span groups of tokens; all logits are zero but those of the third position.
+    weight = np.zeros((700, 4), np.float32)
+    weight[600] = 1
+    hidden = np.array([[0] * 4, [0] * 4, [1] * 4, [1] * 4], np.float32)
+    ids = np.array([[0, 5], [650, 0], [600, 3], [3, 600]], np.int32)
+    inputs = (hidden, weight, np.zeros(4, np.int32), np.array([1, 2, 4, 8], np.float32), ids,
+              np.full((4, 2), np.log(0.4), np.float32))
+    assert value_and_gradients(TopkKlHead(4, 0.5, 0.5), inputs)[1][4] == 1 + 4
+
+
+@MODES
+def test_without_gradients_the_value_is_the_same_and_training_is_refused(mode):
+    inputs = case()
+    for head, value, arrays in ((TopkKlHead(4, 0.5, 0.5), TopkKlHead(4, 0.5, 0.5, gradients=False), inputs),
+                                (CrossEntropyHead(4), CrossEntropyHead(4, gradients=False), inputs[:4])):
+
+        def run(*arrays, value=value):
+            return value(*arrays)
+
+        loss, metrics = (ms.jit(run) if mode == "graph" else run)(*map(Tensor, arrays))
+        ours = value_and_gradients(head, arrays, mode)
+        np.testing.assert_allclose(loss.asnumpy(), ours[0], rtol=1e-6)
+        np.testing.assert_allclose(metrics.asnumpy(), ours[1], rtol=1e-6)
+        with pytest.raises(ValueError, match="gradients=False, for validation: make it with gradients=True to train"):
+            value_and_gradients(value, arrays, mode)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(kernel, cpu_library):
+    if kernel == "reference":
+        return
+    inputs = case(0, 300, 520, 1100, 10)
+    for products in (0, 1):
+        cpu_library.pangu_set_bf16_products(products)
+        results = []
+        try:
+            for num_threads in (1, 2, 3):
+                cpu_library.pangu_set_num_threads(num_threads)
+                results.append(value_and_gradients(TopkKlHead(64, 0.5, 0.5), inputs))
+        finally:
+            cpu_library.pangu_set_num_threads(2)
+            cpu_library.pangu_set_bf16_products(0)
+        for other in results[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_wrong_argument_is_named_by_the_native_kernel(kernel):
+    if kernel == "reference":
+        return
+    inputs = list(map(Tensor, case()))
+    for place, wrong, message in [
+        (2, np.full(11, 20, np.int32), "labels is 20: expected a token from 0 to 19"),
+        (4, np.full((11, 5), -1, np.int32), "teacher_ids is -1: expected a token from 0 to 19"),
+        (1, np.zeros((20, 7), np.float32), r"weight is \[20, 7\]: expected \[vocabulary, 8\]"),
+        (3, np.zeros(10, np.float32), r"weights is \[10\]: expected 11 elements"),
+        (0, np.zeros((11, 8), np.float16), "hidden is float16: expected float32 or bfloat16"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"TopkKlHead on CPU: {message}"):
+            loss, _ = TopkKlHead(4, 0.5, 0.5)(*inputs[:place], Tensor(wrong), *inputs[place + 1:])
+            loss.asnumpy()
+
+
+_MANY_POSITIONS = """
+import ctypes, sys
+import numpy as np
+S, D, V, k = 2048, 16, 100_000, 10  # logits of all positions: 820 MB in float32, 410 MB in bfloat16
+library = ctypes.CDLL(sys.argv[1])
+library.pangu_set_num_threads(2)
+random = np.random.default_rng(0)
+hidden, weight = random.standard_normal((S, D), np.float32), random.standard_normal((V, D), np.float32) / 4
+labels = random.integers(0, V, S).astype(np.int32)
+ids = np.sort(random.integers(0, V // k, (S, k)).astype(np.int32) + V // k * np.arange(k, dtype=np.int32), -1)
+logprobs, form = np.full((S, k), np.log(0.09), np.float32), np.array([1, 0, 0.5, 0.5], np.float32)
+
+def head(weights):
+    outputs = [np.ones(shape, np.float32) for shape in ((1,), (5,), (S, D), (V, D))]
+    tensors = [hidden, weight, labels, weights, ids, logprobs, form, *outputs]
+    count, names = len(tensors), {np.dtype("float32"): b"float32", np.dtype("int32"): b"int32"}
+    shapes = [(ctypes.c_int64 * t.ndim)(*t.shape) for t in tensors]
+    failed = library.TopkKlHead(
+        count, (ctypes.c_void_p * count)(*(t.ctypes.data for t in tensors)),
+        (ctypes.c_int * count)(*(t.ndim for t in tensors)),
+        (ctypes.POINTER(ctypes.c_int64) * count)(*(ctypes.cast(s, ctypes.POINTER(ctypes.c_int64)) for s in shapes)),
+        (ctypes.c_char_p * count)(*(names[t.dtype] for t in tensors)), None, None)
+    assert not failed
+    return outputs
+
+def memory_mb(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+
+for bf16_products, tolerance in ((1, 2**-7), (0, 1e-5)):
+    library.pangu_set_bf16_products(bf16_products)
+    before = memory_mb("VmRSS")
+    whole = head(np.ones(S, np.float32))
+    print(memory_mb("VmHWM") - before, flush=True)
+    # The sums over all positions are those over parts, which fit one chunk.
+    parts = [head((np.arange(S) // 256 == i).astype(np.float32)) for i in range(8)]
+    for one, several in zip(whole, zip(*parts)):
+        total = np.sum(several, 0, np.float64)
+        assert np.abs(one - total).max() <= tolerance * np.abs(total).max()
+"""
+
+
+def test_positions_come_in_chunks_that_bound_memory_and_add_up(kernel, cpu_library):
+    if kernel == "reference":
+        return
+    done = subprocess.run([sys.executable, "-c", _MANY_POSITIONS, str(cpu_library.path)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    growth_mb = [float(line) for line in done.stdout.split()]
+    assert len(growth_mb) == 2 and 100 < max(growth_mb) and max(growth_mb) < 256 + 7  # the weight's gradient: 6.4 MB

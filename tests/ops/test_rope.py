@@ -4,13 +4,15 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mindspore import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mindpangu.ops.rope import inverse_frequencies, rope, rope_tables
+from mindpangu.ops.rope import inverse_frequencies, rope, rope_tables, split_rope
 
-pytestmark = pytest.mark.usefixtures("mindspore_cpu")
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def rotate(x_TNH, positions_T, theta):
@@ -43,6 +45,84 @@ def test_value_and_gradient_match_double_precision(mode):
     np.testing.assert_allclose(out.asnumpy(), rotate(x, positions, 1e4), rtol=0, atol=2e-5)
     # The transpose of a rotation is the rotation back.
     np.testing.assert_allclose(gradient.asnumpy(), rotate(direction, -positions, 1e4), rtol=0, atol=2e-5)
+
+
+def run_split(mode, qkv, positions, directions, num_heads, num_kv_heads, dtype=ms.float32, theta=1e4):
+    """q, k, v and the gradient of the sum of their products with `directions`, as float32 arrays."""
+    head_dim = directions[0].shape[-1]
+    frequencies = Tensor(inverse_frequencies(head_dim, theta))
+
+    def loss(qkv, positions, dq, dk, dv):
+        q, k, v = split_rope(qkv, *rope_tables(positions, frequencies, dtype), num_heads, num_kv_heads)
+        total = (ms.ops.cast(q, ms.float32) * dq).sum() + (ms.ops.cast(k, ms.float32) * dk).sum()
+        return total + (ms.ops.cast(v, ms.float32) * dv).sum(), q, k, v
+
+    value_and_grad = ms.value_and_grad(loss, 0, has_aux=True)
+
+    def both(qkv, positions, dq, dk, dv):
+        return value_and_grad(qkv, positions, dq, dk, dv)
+
+    (_, *parts), gradient = (ms.jit(both) if mode == "graph" else both)(
+        Tensor(qkv, dtype), Tensor(positions), *(Tensor(direction) for direction in directions))
+    assert all(tensor.dtype == dtype for tensor in (*parts, gradient))
+    return [tensor.astype(ms.float32).asnumpy() for tensor in (*parts, gradient)]
+
+
+def check_split(outputs, qkv, positions, directions, tolerance, theta=1e4):
+    (num_tokens, num_heads, head_dim), num_kv_heads = directions[0].shape, directions[1].shape[1]
+    heads = qkv.reshape(num_tokens, -1, head_dim)
+    q, k, v = np.split(heads, (num_heads, num_heads + num_kv_heads), 1)
+    gradients = [rotate(directions[0], -positions, theta), rotate(directions[1], -positions, theta), directions[2]]
+    references = [rotate(q, positions, theta), rotate(k, positions, theta), v,
+                  np.concatenate(gradients, 1).reshape(qkv.shape)]
+    for output, reference in zip(outputs, references, strict=True):
+        np.testing.assert_allclose(output, reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_projection_is_split_and_rotated_by_the_heads_asked_for(mode):
+    random = np.random.default_rng(2)
+    positions = np.array([0, 1, 2, 0, 1, 50], np.int32)
+    qkv = random.normal(0, 1, (6, 80)).astype(np.float32)
+    for num_heads, num_kv_heads in ((4, 2), (2, 3)):  # the same sizes twice: the counts tell them apart
+        directions = [random.normal(0, 1, (6, heads, 10)).astype(np.float32)
+                      for heads in (num_heads, num_kv_heads, num_kv_heads)]
+        outputs = run_split(mode, qkv, positions, directions, num_heads, num_kv_heads)
+        check_split(outputs, qkv, positions, directions, 2e-5)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_tokens=st.integers(1, 40), num_kv_heads=st.integers(1, 3), group=st.integers(1, 3), half=st.integers(1, 40),
+       in_bfloat16=st.booleans(), seed=st.integers(0, 99))
+def test_any_shape_is_split_and_rotated(kernel, num_tokens, num_kv_heads, group, half, in_bfloat16, seed):
+    if kernel == "reference" and in_bfloat16:
+        return  # MindSpore's CPU backend slices no bfloat16
+    random = np.random.default_rng(seed)
+    counts = [num_kv_heads * group, num_kv_heads, num_kv_heads]
+    positions = random.integers(0, 64, num_tokens).astype(np.int32)
+    qkv, *directions = (random.normal(0, 1, shape).astype(np.float32) for shape in (
+        (num_tokens, sum(counts) * 2 * half), *((num_tokens, count, 2 * half) for count in counts)))
+    if in_bfloat16:
+        qkv, *directions = (torch.tensor(array).bfloat16().float().numpy() for array in (qkv, *directions))
+    outputs = run_split("eager", qkv, positions, directions, *counts[:2], ms.bfloat16 if in_bfloat16 else ms.float32)
+    # Tables and results of 8 bits, numbers below 5.
+    check_split(outputs, qkv, positions, directions, 0.06 if in_bfloat16 else 2e-5)
+
+
+def test_no_tokens_give_no_tokens(kernel):
+    if kernel == "reference":
+        pytest.skip("MindSpore's own kernels refuse tensors without elements here")
+    tables = Tensor(np.zeros((0, 1, 6), np.float32))
+    q, k, v = split_rope(Tensor(np.zeros((0, 24), np.float32)), tables, tables, 2, 1)
+    assert q.shape == (0, 2, 6) and k.shape == v.shape == (0, 1, 6)
+
+
+def test_a_wrong_table_is_named(kernel):
+    if kernel == "reference":
+        pytest.skip("the reference takes what MindSpore's primitives take")
+    x, table = Tensor(np.ones((4, 3, 6), np.float32)), Tensor(np.ones((4, 1, 8), np.float32))
+    with pytest.raises(RuntimeError, match=r"Rope on CPU: cos is \[4, 1, 8\]: expected \[4, 1, 6\]"):
+        rope(x, table, table).asnumpy()
 
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(128, 4e6), (128, 16e6), (32, 1e4)])

@@ -4,12 +4,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mindspore import Tensor
 
-from mindpangu.ops.topk_kl import topk_kl
+from mindpangu.ops.topk_kl import TAILS, topk_kl
 
-pytestmark = pytest.mark.usefixtures("mindspore_cpu")
-TAILS = ("bucket", "renormalised_teacher", "renormalised_both", "truncated")
+pytestmark = pytest.mark.usefixtures("kernel")
 # MindSpore's exp on CPU has a relative error of up to 5e-6; values and gradients here are sums of a few such numbers
 # of size 1 times log-ratios of up to 10. The error of the teacher's tail 1 - P grows by 1 / sqrt(tail) at temperature
 # 2, so that the cases below keep tails of at least 0.02.
@@ -173,3 +174,76 @@ def test_extreme_inputs_stay_finite(tail, temperature):
     outputs = run(logits, ids, logprobs, np.zeros(4, np.int32), weights, weights, temperature, tail)
     assert all(np.isfinite(output).all() for output in outputs)
     assert not outputs[-1][3].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), num_positions=st.integers(1, 5), vocab_size=st.integers(1, 1500), tail=st.sampled_from(TAILS),
+       temperature=st.sampled_from([0.5, 1.0, 2.0]), seed=st.integers(0, 99))
+def test_any_size_matches_double_precision(dtype, data, num_positions, vocab_size, tail, temperature, seed):
+    k = data.draw(st.sampled_from(sorted({1, min(7, vocab_size), min(50, vocab_size)})))
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 1, (num_positions, vocab_size)).astype(np.float32)
+    if dtype == "bfloat16":
+        logits = torch.tensor(logits).bfloat16().float().numpy()
+    # The student is what the test is about: the teacher's tail is a comfortable 0.1 or more.
+    teacher = 0.9 * random.dirichlet(np.ones(k), num_positions)
+    ids = np.argsort(random.random(logits.shape), -1)[:, :k].astype(np.int32)
+    if k == vocab_size:
+        teacher /= 0.9
+    labels = np.where(random.random(num_positions) < 0.5, ids[:, 0], random.integers(0, vocab_size, num_positions))
+    weights = random.uniform(0, 1, (2, num_positions)).astype(np.float32)
+    case = logits, ids, np.log(teacher).astype(np.float32), labels
+    outputs = topk_kl(Tensor(logits, getattr(ms, dtype)), Tensor(labels.astype(np.int32)), *map(Tensor, case[1:3]),
+                      *map(Tensor, weights), temperature, tail)
+    ce, kl, _, agreement, dlogits = [ms.ops.cast(output, ms.float32).asnumpy() for output in outputs]
+    double = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    expected_ce, expected_kl = reference(double, *case[1:], temperature, tail)
+    (expected_ce * torch.tensor(weights[0]) + expected_kl * torch.tensor(weights[1])).sum().backward()
+    # Log-ratios reach 15; a bfloat16 gradient is rounded once, by at most 2^-8 of its value.
+    scale = max(1, temperature**2, 1 / temperature)
+    np.testing.assert_allclose(ce, expected_ce.detach().numpy(), rtol=1e-5, atol=ATOL)
+    np.testing.assert_allclose(kl, expected_kl.detach().numpy(), rtol=1e-5, atol=2 * ATOL * scale)
+    np.testing.assert_allclose(dlogits, double.grad.numpy(), rtol=2**-8 if dtype == "bfloat16" else 0,
+                               atol=2 * ATOL * scale)
+    assert np.array_equal(agreement, (logits.argmax(-1) == ids[:, 0]).astype(np.float32))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_token_that_the_teacher_excludes_counts_as_probability_zero(tail, temperature):
+    logits, ids, logprobs, labels = random_case()
+    logprobs[:, 3:] = -np.inf
+    outputs = run(logits, ids, logprobs, labels, np.ones(6), np.ones(6), temperature, tail)
+    logprobs[:, 3:] = -200  # e^-200 is no float32, but a double
+    check(outputs, logits, ids, logprobs, labels, np.ones(6), np.ones(6), temperature, tail)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_logits_of_ten_thousand_keep_their_differences(tail, kernel):
+    logits, ids, logprobs, labels = random_case()
+    far = logits.copy()
+    far[:3] += 1e4
+    far[3:] -= 1e4
+    outputs = run(far, ids, logprobs, labels, np.ones(6), np.ones(6), 1.0, tail)
+    double = torch.tensor(far, dtype=torch.float64, requires_grad=True)
+    ce, kl = reference(double, ids, logprobs, labels, 1.0, tail)
+    (ce + kl).sum().backward()
+    # The spacing of float32 at 1e4 is 1e-3: the reference's log-sum-exp has it, the native kernel takes differences.
+    atol = ATOL if kernel == "native" else 3e-3
+    for ours, theirs in zip((outputs[0], outputs[1], outputs[4]), (ce, kl, double.grad), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=atol)
+
+
+def test_equal_logits_agree_where_the_teachers_token_is_the_first():
+    ids = np.array([[1, 0], [0, 1]], np.int32)
+    logprobs = np.log(np.full((2, 2), 0.4, np.float32))
+    outputs = run(np.zeros((2, 5), np.float32), ids, logprobs, np.zeros(2), np.ones(2), np.ones(2))
+    assert outputs[3].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"temperature": 0.0}, "temperature=0.0: expected a positive"),
+                                                    ({"tail": "bucked"}, "tail='bucked': expected one of")])
+def test_a_wrong_temperature_or_tail_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(*random_case(), np.ones(6), np.ones(6), **arguments)

@@ -1,0 +1,106 @@
+// What the kernels of attention share: the problem as MindSpore's primitives describe it, and e^x of scores.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+#include "plugin.h"
+#include "vec.h"
+
+namespace pangu {
+
+// A sequence that attends to itself, or a query sequence and a key sequence, of all heads. Offsets are in elements.
+struct Document {
+  int64_t q_offset, kv_offset, stats_offset;  // of the first token's first head
+  int64_t num_queries, num_keys;
+  // Query i sees the keys i + first .. i + last that exist.
+  int64_t first, last;
+  const uint8_t* mask;  // [num_queries, num_keys], nonzero hides; or null
+  int64_t mask_head_stride;
+
+  // Keys [begin, end) hold all that queries [from, to) see.
+  int64_t begin_of(int64_t from) const { return std::max<int64_t>(0, from + first); }
+  int64_t end_of(int64_t to) const { return std::min(num_keys, to + last); }
+  // Whether each of the queries [from, to) sees each of the keys [begin, end), but for `mask`.
+  bool all_seen(int64_t from, int64_t to, int64_t begin, int64_t end) const {
+    return begin >= to - 1 + first && end <= end_of(from + 1);
+  }
+};
+
+struct Attention {
+  int64_t num_heads, num_kv_heads, group, head_dim;
+  int64_t q_token, kv_token, q_head, kv_head;  // strides
+  int64_t stats_token, stats_head;
+  float scale;
+  DType dtype;
+  Packing packing;
+  std::vector<Document> documents;
+
+};
+
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+inline const char* element(const void* data, DType dtype, int64_t offset) {
+  return static_cast<const char*>(data) + offset * size_of(dtype);
+}
+
+// softmax_max and softmax_sum hold each number this many times.
+constexpr int64_t kStatsCopies = 8;
+
+// Position of the first optional input, and of the scalars, in FlashAttentionScore's and ...Grad's inputs.
+struct AttentionInputs {
+  int real_shift, drop_mask, padding_mask, mask, prefix, q_ends, kv_ends, scalars;
+};
+// Raises Error for what the kernels don't serve.
+Attention read_attention(const Call& call, const AttentionInputs& inputs);
+
+// Hides scores from queries [from, from + queries) x keys [begin, begin + keys) by -inf; score(i, j) is at
+// scores[i * query_step + j * key_step].
+void hide(const Document& d, int64_t head, int64_t from, int64_t queries, int64_t begin, int64_t keys, float* scores,
+          int64_t query_step, int64_t key_step);
+
+// The first `columns` columns of a tile to rows of an f32 or bf16 tensor, each times its factor; tile and factors have
+// block_n of them.
+void write_transposed(const float* tile, int64_t stride, int64_t rows, int64_t columns, const float* factors, void* to,
+                      DType dtype, int64_t to_stride);
+
+// e^x for x <= 0, where what is positive counts as 0; exactly 0 below -87.7; NaN stays NaN.
+// Cephes' polynomial of 2^x (S. Moshier), 2e-7 of the value near 0.
+inline vf exp_of_nonpositive(vf x) {
+  const vf low = splat(-88.0f), high = splat(0.0f);
+#if defined(__AVX512F__)
+  x = (vf)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));  // in this order NaN passes
+#else
+  x = low > x ? low : x;
+  x = high < x ? high : x;
+#endif
+  const vf t = x * 1.44269504088896341f;
+  const vf shifted = t + 12583039.0f;  // 1.5 * 2^23 + 127: rounds, and leaves the biased exponent in the lowest bits
+  const vf r = t - (shifted - 12583039.0f);
+  vf p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return p * as_float(as_int(shifted) << 23);
+}
+
+#if defined(__AMX_BF16__)
+// Probabilities straight to where AMX takes them (the layouts are gemm.cc's). Right operand: rows k and k + 1, k even,
+// of 16 columns from `column` on.
+inline void store_right(void* packed, int64_t k, int64_t column, vf even, vf odd) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  bf16* line = static_cast<bf16*>(packed) + k / 32 * 1024 + column / 16 * 512 + k % 32 * 16;
+  _mm512_store_si512(line, _mm512_permutexvar_epi16(interleave, both));
+}
+// Left operand: 32 columns of a row below 32.
+inline void store_left(void* packed, int64_t row, vf low, vf high) {
+  _mm512_store_si512(static_cast<bf16*>(packed) + row * 32, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
+}  // namespace pangu

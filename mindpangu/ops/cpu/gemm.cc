@@ -1,0 +1,654 @@
+// Blocked matrix products on packed operands (Goto and van de Geijn, doi:10.1145/1356052.1356053): float32 in FMA
+// registers; bfloat16 in AMX tiles, in AVX512-BF16 dot products, or rounded and multiplied as float32 where a machine
+// has neither.
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "vec.h"
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace pangu {
+
+namespace {
+
+bool rounds_products = false;
+
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kColumnVectors = 2;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kColumnVectors = 2;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kRows = 8, kColumnVectors = 3;  // 24 of 32
+#else
+constexpr int kRows = 4, kColumnVectors = 2;  // 8 of 16
+#endif
+constexpr int kColumns = kColumnVectors * kLanes;
+constexpr int64_t kSumBlock = 512;  // K of a product whose blocks stay in the first-level cache
+constexpr int64_t kPackStrip = 32;  // a multiple of every block_k
+
+// ---- Products of one block ------------------------------------------------------------------------------------------
+
+// a: [K][kRows], b: [K][kColumns].
+void product_f32(const float* a, const float* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
+  vf sum[kRows][kColumnVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) sum[i][j] = vf{};
+  for (int64_t k = 0; k < K; k++) {
+    vf column[kColumnVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) column[j] = load(b + k * kColumns + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      vf row = splat(a[k * kRows + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumnVectors; j++) sum[i][j] += row * column[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) {
+      float* place = tile + i * stride + j * kLanes;
+      store(place, accumulate ? load(place) + sum[i][j] : sum[i][j]);
+    }
+}
+
+#if defined(__AMX_BF16__)
+
+constexpr int kBf16Rows = 32, kBf16Columns = 32, kBf16K = 32;
+
+// Linux grants the tile registers per process; each thread sets their shapes, again whenever it comes from other code:
+// PyTorch and oneDNN set and release them too, and a tile instruction without shapes kills the process.
+void prepare_tiles() {
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  if (!granted) throw Error("the system does not grant AMX tiles to this process.");
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; i++) {
+    shapes.bytes_per_row[i] = 64;
+    shapes.rows[i] = 16;
+  }
+  // GCC's intrinsic says that it reads 8 bytes: without this the other stores are dead to the compiler.
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+}
+
+// a: [K / 32][2][16 rows][32], b: [K / 32][2][16 pairs of k][16 columns][2].
+void product_bf16(const bf16* a, const bf16* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
+  static thread_local int64_t prepared_in = -1;
+  if (prepared_in != num_entries) {
+    prepare_tiles();
+    prepared_in = num_entries;
+  }
+  const int64_t bytes = stride * 4;
+  if (accumulate) {
+    _tile_loadd(0, tile, bytes);
+    _tile_loadd(1, tile + 16, bytes);
+    _tile_loadd(2, tile + 16 * stride, bytes);
+    _tile_loadd(3, tile + 16 * stride + 16, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += 32) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + 512, 64);
+    _tile_loadd(5, a + 512, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    a += 1024;
+    b += 1024;
+  }
+  _tile_stored(0, tile, bytes);
+  _tile_stored(1, tile + 16, bytes);
+  _tile_stored(2, tile + 16 * stride, bytes);
+  _tile_stored(3, tile + 16 * stride + 16, bytes);
+}
+
+#elif defined(__AVX512BF16__)
+
+constexpr int kBf16Rows = kRows, kBf16Columns = kColumns, kBf16K = 2;
+
+// a: [K / 2][kRows][2], b: [K / 2][kColumns][2].
+void product_bf16(const bf16* a, const bf16* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
+  __m512 sum[kRows][kColumnVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2) {
+    __m512bh column[kColumnVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) column[j] = (__m512bh)_mm512_loadu_si512(b + j * 2 * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      int32_t pair;
+      std::memcpy(&pair, a + 2 * i, 4);
+      __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumnVectors; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], row, column[j]);
+    }
+    a += 2 * kRows;
+    b += 2 * kColumns;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnVectors; j++) {
+      float* place = tile + i * stride + j * kLanes;
+      store(place, accumulate ? load(place) + (vf)sum[i][j] : (vf)sum[i][j]);
+    }
+}
+
+#else
+
+constexpr int kBf16Rows = kRows, kBf16Columns = kColumns, kBf16K = 1;
+
+#endif
+
+#if defined(__AVX512BF16__)
+typedef bf16 Rounded;
+#else
+// A float32 that holds a bfloat16's value: without bfloat16 instructions products are those of float32.
+struct Rounded {
+  float value;
+};
+using pangu::store;
+inline void store(Rounded* p, vf x) { store(&p->value, round_to_bf16(x)); }
+#endif
+
+// ---- Packing --------------------------------------------------------------------------------------------------------
+
+inline void put(float* to, float x) { *to = x; }
+#if !defined(__AVX512BF16__)
+inline void put(Rounded* to, float x) { to->value = to_float(to_bf16(x)); }
+inline void put(Rounded* to, bf16 x) { to->value = to_float(x); }
+#endif
+inline void put(bf16* to, float x) { *to = to_bf16(x); }
+inline void put(float* to, bf16 x) { *to = to_float(x); }
+inline void put(bf16* to, bf16 x) { *to = x; }
+
+// n contiguous elements, converted.
+template <typename To, typename From>
+inline void copy_run(To* to, const From* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; i++) put(to + i, from[i]);
+}
+template <>
+inline void copy_run(bf16* to, const bf16* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(bf16));
+}
+
+// Panel [K][width] of lines that are contiguous along K; missing lines are zeros.
+template <int width, typename From>
+void pack_transposed(const From* from, int64_t line, int64_t lines, int64_t K, float* to) {
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, K - k));
+    for (int first = 0; first < width; first += kLanes) {
+      const int wide = std::min(kLanes, width - first);
+      vf r[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const From* source = from + (first + i) * line + k;
+        r[i] = i >= wide || first + i >= lines ? vf{} : n == kLanes ? load(source) : load_part(source, n);
+      }
+      transpose(r);
+      for (int s = 0; s < n; s++) {
+        float* place = to + (k + s) * width + first;
+        // What a whole vector writes behind a narrow panel's row belongs to the next row, which comes next.
+        if (wide == kLanes || (width < kLanes && k + s + 1 < K && (k + s + 1) * width + kLanes <= K * width)) {
+          store(place, r[s]);
+        } else {
+          store_part(place, r[s], wide);
+        }
+      }
+    }
+  }
+}
+
+// Panel layout [K / pair][width][pair]: `width` lines of an operand interleaved along K, `pair` neighbours in K
+// together.
+// lines: how many exist; `line` and `step` are the strides from line to line and along K.
+template <int width, int pair, typename To, typename From>
+void pack_panel(const From* from, int64_t line, int64_t step, int64_t lines, int64_t K, int64_t padded_k, To* to) {
+  if constexpr (pair == 1 && std::is_same_v<To, float>) {
+    if (step == 1) return pack_transposed<width>(from, line, lines, K, to);
+  }
+  if (lines < width || padded_k != K) std::memset(static_cast<void*>(to), 0, padded_k * width * sizeof(To));
+  if (line == 1) {  // neighbours of a line lie beside each other: whole runs
+    for (int64_t k = 0; k < K; k++) {
+      const From* source = from + k * step;
+      To* target = to + (k / pair) * width * pair + k % pair;
+      if (pair == 1 && lines == width && std::is_same_v<To, From>) {
+        std::memcpy(static_cast<void*>(target), source, width * sizeof(To));
+      } else if (pair == 1 && lines == width) {
+        copy_run(target, source, width);
+      } else {
+        for (int64_t i = 0; i < lines; i++) put(target + i * pair, source[i]);
+      }
+    }
+    return;
+  }
+  constexpr int64_t strip = 64;  // of K, so that the target stays in the first-level cache while lines are walked
+  for (int64_t begin = 0; begin < K; begin += strip) {
+    int64_t end = std::min(K, begin + strip);
+    for (int64_t i = 0; i < lines; i++) {
+      const From* source = from + i * line;
+      for (int64_t k = begin; k < end; k++)
+        put(to + (k / pair) * width * pair + i * pair + k % pair, source[k * step]);
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+
+// 16 x 16 transposition of 4-byte elements.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+inline __m512i load32_bf16(const bf16* p, int n) {
+  __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return _mm512_maskz_loadu_epi16(mask, p);
+}
+inline __m512i load32_bf16(const float* p, int n) {
+  __mmask16 low = n >= 16 ? 0xffff : (1u << n) - 1, high = n >= 32 ? 0xffff : n > 16 ? (1u << (n - 16)) - 1 : 0;
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, p + 16), _mm512_maskz_loadu_ps(low, p));
+}
+
+// A tile's 16 lines of 32 along K. Lines are contiguous along K (step 1): AMX's layout of A, and transposed that of B.
+template <typename From>
+void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool transposed, bf16* to) {
+  for (int64_t k = 0; k < K; k += 32) {
+    int n = static_cast<int>(std::min<int64_t>(32, K - k));
+    for (int half = 0; half < 2; half++, to += 512) {
+      __m512i r[16];
+      for (int i = 0; i < 16; i++) {
+        int64_t row = half * 16 + i;
+        r[i] = row < lines ? load32_bf16(from + row * line + k, n) : _mm512_setzero_si512();
+      }
+      if (transposed) transpose16(r);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
+    }
+  }
+}
+
+// The same from lines that are contiguous across (line stride 1): B's layout is pairs of k interleaved.
+template <typename From>
+void pack_across(const From* from, int64_t step, int64_t lines, int64_t K, bool transposed, bf16* to) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t k = 0; k < K; k += 32) {
+    for (int half = 0; half < 2; half++, to += 512) {
+      int n = static_cast<int>(std::clamp<int64_t>(lines - half * 16, 0, 16));
+      __m512i r[16];
+      for (int i = 0; i < 16; i++) {
+        const int64_t even = k + 2 * i;
+        const From* source = from + even * step + half * 16;
+        __m512i low = even < K && n ? load32_bf16(source, n) : _mm512_setzero_si512();
+        __m512i high = even + 1 < K && n ? load32_bf16(source + step, n) : _mm512_setzero_si512();
+        __m512i both = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+        r[i] = _mm512_permutexvar_epi16(interleave, both);
+      }
+      if (transposed) transpose16(r);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
+    }
+  }
+}
+
+template <bool is_b, typename From>
+void pack_tiles(const From* from, int64_t line, int64_t step, int64_t lines, int64_t K, bf16* to) {
+  if (step == 1) {
+    pack_lines(from, line, lines, K, is_b, to);
+  } else if (line == 1) {
+    pack_across(from, step, lines, K, !is_b, to);
+  } else {
+    alignas(64) bf16 gathered[32 * 32];
+    for (int64_t k = 0; k < K; k += 32) {
+      int64_t n = std::min<int64_t>(32, K - k);
+      std::memset(gathered, 0, sizeof(gathered));
+      for (int64_t i = 0; i < lines; i++)
+        for (int64_t j = 0; j < n; j++) put(gathered + i * 32 + j, from[i * line + (k + j) * step]);
+      pack_lines(gathered, 32, 32, 32, is_b, to);
+      to += 1024;
+    }
+  }
+}
+
+#endif
+
+template <typename From>
+void pack_a_from(const Packing& p, const From* from, const Operand& a, int64_t rows, int64_t K, void* packed) {
+  if (p.bf16) {
+#if defined(__AMX_BF16__)
+    pack_tiles<false>(from, a.row_stride, a.col_stride, rows, K, static_cast<bf16*>(packed));
+#else
+    pack_panel<kBf16Rows, kBf16K>(from, a.row_stride, a.col_stride, rows, K, p.padded_k(K),
+                                  static_cast<Rounded*>(packed));
+#endif
+  } else {
+    pack_panel<kRows, 1>(from, a.row_stride, a.col_stride, rows, K, K, static_cast<float*>(packed));
+  }
+}
+
+template <typename From>
+void pack_b_from(const Packing& p, const From* from, const Operand& b, int64_t columns, int64_t K, void* packed) {
+  if (p.bf16) {
+#if defined(__AMX_BF16__)
+    pack_tiles<true>(from, b.col_stride, b.row_stride, columns, K, static_cast<bf16*>(packed));
+#else
+    pack_panel<kBf16Columns, kBf16K>(from, b.col_stride, b.row_stride, columns, K, p.padded_k(K),
+                                     static_cast<Rounded*>(packed));
+#endif
+  } else {
+    pack_panel<kColumns, 1>(from, b.col_stride, b.row_stride, columns, K, K, static_cast<float*>(packed));
+  }
+}
+
+Operand part(const Operand& x, int64_t row, int64_t column) {
+  int64_t offset = row * x.row_stride + column * x.col_stride;
+  return {static_cast<const char*>(x.data) + offset * size_of(x.dtype), x.dtype, x.row_stride, x.col_stride};
+}
+
+// ---- Few rows: bound by reading B once ------------------------------------------------------------------------------
+
+constexpr int kFewRows = 8;
+
+// C[m, n] = sum over k of A[m, k] B[n, k]; both contiguous along K. rounds: B's elements to bfloat16.
+template <typename Weight, bool rounds>
+void few_rows(const Gemm& g, const float* a) {
+  const Weight* b = static_cast<const Weight*>(g.b.data);
+  const int64_t grain = std::max<int64_t>(8, (1 << 16) / (g.K * int64_t(sizeof(Weight)) + 1));
+  parallel_blocks(g.N, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const Weight* row = b + n * g.b.col_stride;
+      for (int64_t m0 = 0; m0 < g.M; m0 += 4) {
+        int count = static_cast<int>(std::min<int64_t>(4, g.M - m0));
+        vf sum[4][2] = {};
+        int64_t k = 0;
+        for (; k + 2 * kLanes <= g.K; k += 2 * kLanes) {
+          vf low = load(row + k), high = load(row + k + kLanes);
+          if (rounds) low = round_to_bf16(low), high = round_to_bf16(high);
+          for (int m = 0; m < count; m++) {
+            sum[m][0] += low * load(a + (m0 + m) * g.K + k);
+            sum[m][1] += high * load(a + (m0 + m) * g.K + k + kLanes);
+          }
+        }
+        for (int m = 0; m < count; m++) {
+          float total = reduce_sum(sum[m][0] + sum[m][1]);
+          for (int64_t i = k; i < g.K; i++) {
+            float weight;
+            put(&weight, row[i]);
+            if (rounds) weight = to_float(to_bf16(weight));
+            total += weight * a[(m0 + m) * g.K + i];
+          }
+          if (g.bias) total += g.bias[n];
+          int64_t place = (m0 + m) * g.c_stride + n;
+          if (g.c_dtype == DType::bf16) {
+            static_cast<bf16*>(g.c)[place] = to_bf16(total);
+          } else {
+            float* c = static_cast<float*>(g.c) + place;
+            *c = g.accumulate ? *c + total : total;
+          }
+        }
+      }
+    }
+  });
+}
+
+bool try_few_rows(const Gemm& g) {
+  if (g.M > kFewRows || g.b.row_stride != 1 || g.K < kLanes) return false;
+  float* a = static_cast<float*>(scratch(kOther, g.M * g.K * 4));
+  for (int64_t m = 0; m < g.M; m++)
+    for (int64_t k = 0; k < g.K; k++) {
+      int64_t place = m * g.a.row_stride + k * g.a.col_stride;
+      if (g.a.dtype == DType::bf16) {
+        a[m * g.K + k] = to_float(static_cast<const bf16*>(g.a.data)[place]);
+      } else {
+        float x = static_cast<const float*>(g.a.data)[place];
+        a[m * g.K + k] = g.bf16_products ? to_float(to_bf16(x)) : x;
+      }
+    }
+  if (g.b.dtype == DType::bf16) {
+    few_rows<bf16, false>(g, a);
+  } else if (g.bf16_products) {
+    few_rows<float, true>(g, a);
+  } else {
+    few_rows<float, false>(g, a);
+  }
+  return true;
+}
+
+// ---- Any size -------------------------------------------------------------------------------------------------------
+
+// A tile of sums into C: what exists of it, with bias, in C's type.
+void write_tile(const Gemm& g, const float* tile, int64_t stride, int64_t row, int64_t column, int64_t rows,
+                int64_t columns, bool add, bool last) {
+  const float* bias = last && g.bias ? g.bias + column : nullptr;
+  for (int64_t i = 0; i < rows; i++) {
+    const float* from = tile + i * stride;
+    int64_t place = (row + i) * g.c_stride + column, j = 0;
+    if (g.c_dtype == DType::bf16) {
+      bf16* to = static_cast<bf16*>(g.c) + place;
+      for (; j + kLanes <= columns; j += kLanes) {
+        vf x = load(from + j);
+        store(to + j, bias ? x + load(bias + j) : x);
+      }
+      for (; j < columns; j++) to[j] = to_bf16(from[j] + (bias ? bias[j] : 0));
+    } else {
+      float* to = static_cast<float*>(g.c) + place;
+#if defined(__AVX512F__)
+      if (g.streams && !add && !bias && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (; j + kLanes <= columns; j += kLanes) _mm512_stream_ps(to + j, (__m512)load(from + j));
+#endif
+      for (; j + kLanes <= columns; j += kLanes) {
+        vf x = load(from + j);
+        if (add) x += load(to + j);
+        store(to + j, bias ? x + load(bias + j) : x);
+      }
+      for (; j < columns; j++) to[j] = (add ? to[j] : 0) + from[j] + (bias ? bias[j] : 0);
+    }
+  }
+}
+
+// C is one of several sums over slabs of K, each of which has its shared operand packed whole.
+void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
+  const int64_t m_blocks = (g.M + p.block_m - 1) / p.block_m, n_blocks = (g.N + p.block_n - 1) / p.block_n;
+  const int64_t k_blocks = (g.K + kSumBlock - 1) / kSumBlock;
+  // The smaller operand is packed once for all; each task packs its share of the larger one.
+  const bool share_a = g.M <= g.N;
+  const int64_t shared_blocks = share_a ? m_blocks : n_blocks, own_blocks = share_a ? n_blocks : m_blocks;
+  const int64_t shared_bytes = share_a ? p.a_bytes(kSumBlock) : p.b_bytes(kSumBlock);
+  const int64_t own_bytes = share_a ? p.b_bytes(kSumBlock) : p.a_bytes(kSumBlock);
+  char* shared = static_cast<char*>(scratch(kPackA, shared_blocks * k_blocks * shared_bytes));
+
+  // Blocks [first, first + count) of A or B, `depth` of K from k on. Where an operand's lines lie beside each other, a
+  // strip of K is packed for all blocks in turn: whole runs of memory are read, not a cache line of each row.
+  auto pack = [&](bool is_a, int64_t first, int64_t count, int64_t k, int64_t depth, char* to) {
+    const bool across = (is_a ? g.a.row_stride : g.b.col_stride) == 1;
+    const int64_t strip = across ? kPackStrip : depth;
+    for (int64_t at = 0; at < depth; at += strip) {
+      const int64_t strip_depth = std::min(strip, depth - at);
+      for (int64_t i = 0; i < count; i++) {
+        if (is_a) {
+          const int64_t row = (first + i) * p.block_m;
+          pack_a(p, part(g.a, row, k + at), std::min<int64_t>(p.block_m, g.M - row), strip_depth,
+                 to + i * p.a_bytes(kSumBlock) + p.a_bytes(at));
+        } else {
+          const int64_t column = (first + i) * p.block_n;
+          pack_b(p, part(g.b, k + at, column), std::min<int64_t>(p.block_n, g.N - column), strip_depth,
+                 to + i * p.b_bytes(kSumBlock) + p.b_bytes(at));
+        }
+      }
+    }
+  };
+  const int64_t portion = 16, portions = (shared_blocks + portion - 1) / portion;
+  parallel_for(k_blocks * portions, [&](int64_t i) {
+    const int64_t kb = i / portions, first = i % portions * portion;
+    pack(share_a, first, std::min(portion, shared_blocks - first), kb * kSumBlock,
+         std::min(kSumBlock, g.K - kb * kSumBlock), shared + (kb * shared_blocks + first) * shared_bytes);
+  });
+
+  // A group of own blocks is packed for one block of K, then met by every shared block of it.
+  const int64_t wanted = std::max<int64_t>(1, own_blocks / (3 * num_threads()));
+  const int64_t group = std::min<int64_t>(wanted, std::max<int64_t>(1, (1 << 19) / own_bytes));
+  parallel_for((own_blocks + group - 1) / group, [&](int64_t task) {
+    const int64_t first = task * group, count = std::min(group, own_blocks - first);
+    char* own = static_cast<char*>(scratch(kPackB, count * own_bytes));
+    // Where C is not read soon, tiles beside each other are gathered here, and C is written past the caches.
+    const int64_t panel = g.streams ? (share_a ? count : std::min<int64_t>(16, n_blocks)) : 1;
+    const int64_t stride = panel * p.block_n;
+    float* tiles = static_cast<float*>(scratch(kTile, p.block_m * stride * 4));
+    for (int64_t kb = 0; kb < k_blocks; kb++) {
+      const int64_t k = kb * kSumBlock, depth = std::min(kSumBlock, g.K - k);
+      const bool adds = add || kb > 0, ends = last && kb + 1 == k_blocks;
+      pack(!share_a, first, count, k, depth, own);
+      const char* shared_of_k = shared + kb * shared_blocks * shared_bytes;
+      auto multiply = [&](int64_t m, int64_t n, int64_t width, const char* a, const char* b, int64_t b_bytes) {
+        const int64_t row = m * p.block_m, column = n * p.block_n;
+        const int64_t rows = std::min<int64_t>(p.block_m, g.M - row);
+        const int64_t columns = std::min<int64_t>(width * p.block_n, g.N - column);
+        const bool in_place = !g.streams && rows == p.block_m && columns == p.block_n && g.c_dtype == DType::f32 &&
+                              !(ends && g.bias);
+        float* tile = in_place ? static_cast<float*>(g.c) + row * g.c_stride + column : tiles;
+        for (int64_t i = 0; i < width; i++)
+          product(p, a, b + i * b_bytes, depth, tile + i * p.block_n, in_place ? g.c_stride : stride, in_place && adds);
+        if (!in_place) write_tile(g, tiles, stride, row, column, rows, columns, adds, ends);
+      };
+      // A block of the shared operand (of a panel of them) meets all own blocks, which stay in the cache.
+      for (int64_t s = 0; s < shared_blocks; s += share_a ? 1 : panel) {
+        const char* block = shared_of_k + s * shared_bytes;
+        for (int64_t i = 0; i < count; i += share_a ? panel : 1) {
+          if (share_a) {
+            multiply(s, first + i, std::min(panel, count - i), block, own + i * own_bytes, own_bytes);
+          } else {
+            multiply(first + i, s, std::min(panel, shared_blocks - s), own + i * own_bytes, block, shared_bytes);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+bool bf16_products() { return rounds_products; }
+
+Packing packing(bool bf16) {
+  return bf16 ? Packing{true, kBf16Rows, kBf16Columns, kBf16K, sizeof(Rounded)}
+              : Packing{false, kRows, kColumns, 1, sizeof(float)};
+}
+
+void pack_a(const Packing& p, const Operand& a, int64_t rows, int64_t K, void* packed) {
+  if (a.dtype == DType::bf16) {
+    pack_a_from(p, static_cast<const bf16*>(a.data), a, rows, K, packed);
+  } else {
+    pack_a_from(p, static_cast<const float*>(a.data), a, rows, K, packed);
+  }
+}
+
+void pack_b(const Packing& p, const Operand& b, int64_t columns, int64_t K, void* packed) {
+  if (b.dtype == DType::bf16) {
+    pack_b_from(p, static_cast<const bf16*>(b.data), b, columns, K, packed);
+  } else {
+    pack_b_from(p, static_cast<const float*>(b.data), b, columns, K, packed);
+  }
+}
+
+void product([[maybe_unused]] const Packing& p, const void* a_packed, const void* b_packed, int64_t K, float* tile,
+             int64_t tile_stride, bool accumulate) {
+#if defined(__AVX512BF16__)
+  if (p.bf16) {
+    product_bf16(static_cast<const bf16*>(a_packed), static_cast<const bf16*>(b_packed), p.padded_k(K), tile,
+                 tile_stride, accumulate);
+    return;
+  }
+#endif
+  product_f32(static_cast<const float*>(a_packed), static_cast<const float*>(b_packed), K, tile, tile_stride,
+              accumulate);
+}
+
+void gemm(const Gemm& g) {
+  if (g.M == 0 || g.N == 0) return;
+  Gemm whole = g;
+  whole.bf16_products = g.bf16_products || (g.a.dtype == DType::bf16 && g.b.dtype == DType::bf16);
+  if (g.K == 0) {
+    if (!g.accumulate)
+      for (int64_t m = 0; m < g.M; m++)
+        for (int64_t n = 0; n < g.N; n++) {
+          float x = g.bias ? g.bias[n] : 0;
+          if (g.c_dtype == DType::bf16) {
+            static_cast<bf16*>(g.c)[m * g.c_stride + n] = to_bf16(x);
+          } else {
+            static_cast<float*>(g.c)[m * g.c_stride + n] = x;
+          }
+        }
+    return;
+  }
+  if (try_few_rows(whole)) return;
+  const Packing p = packing(whole.bf16_products);
+  // A slab of K: as much as keeps the packed shared operand small. C in bfloat16 cannot carry sums from one to another.
+  const int64_t most = (int64_t(6) << 20) / (p.element_bytes * std::min(g.M, g.N));
+  const int64_t slab = std::max(kSumBlock, most / kSumBlock * kSumBlock);
+  if (g.c_dtype == DType::bf16 && g.K > kSumBlock) {
+    float* sums = static_cast<float*>(scratch(kOther, g.M * g.N * 4));
+    Gemm wide = whole;
+    wide.c = sums;
+    wide.c_dtype = DType::f32;
+    wide.c_stride = g.N;
+    gemm(wide);
+    parallel_blocks(g.M, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++)
+        copy_run(static_cast<bf16*>(g.c) + m * g.c_stride, sums + m * g.N, g.N);
+    });
+    return;
+  }
+  for (int64_t k = 0; k < g.K; k += slab) {
+    Gemm part_of = whole;
+    part_of.a = part(g.a, 0, k);
+    part_of.b = part(g.b, k, 0);
+    part_of.K = std::min(slab, g.K - k);
+    gemm_slab(part_of, p, g.accumulate || k > 0, k + part_of.K == g.K);
+  }
+}
+
+}  // namespace pangu
+
+PANGU_EXPORT void pangu_set_bf16_products(int on) { pangu::rounds_products = on != 0; }

@@ -1,0 +1,486 @@
+// The output projection fused with its loss: hidden states and lm_head weight -> loss, metrics and both gradients, for
+// a chunk of positions at a time. Of a chunk's logits only exp(logit - maximum of its group of tokens) is kept, in
+// bfloat16 where products are: that keeps every probability to 2^-9 of itself, however small, as a rounded logit would
+// not.
+//
+// S supervised positions, D hidden, V vocabulary, C positions of a chunk, k teacher's tokens.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "gemm.h"
+#include "loss.h"
+#include "plugin.h"
+#include "vec.h"
+
+namespace pangu {
+
+namespace {
+
+// Tokens whose logits share a maximum: about what a thread's second-level cache holds of the packed weight.
+constexpr int64_t kGroup = 256;
+constexpr int64_t kDepth = 512;                        // of D between additions to a group's logits
+constexpr int64_t kChunkBytes = int64_t(212) << 20;    // what a chunk of positions may take
+
+struct Freed {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Freed>;
+
+// Contents undefined. Large pages where the system has them: a chunk's first touch is a third of the time otherwise.
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  constexpr int64_t page = int64_t(2) << 20;
+  const int64_t bytes = count * int64_t(sizeof(T)), alignment = bytes < page ? 64 : page;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment) / alignment * alignment);
+  if (memory == nullptr) throw Error("no memory for " + std::to_string(bytes) + " bytes of a chunk of logits.");
+#if defined(MADV_HUGEPAGE)
+  if (alignment == page) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return Buffer<T>(static_cast<T*>(memory));
+}
+
+struct Head {
+  Tensor hidden, weight;   // [S, D], [V, D]
+  const int32_t* labels;   // [S]
+  const float* weights;    // [S]
+  int k = 0;
+  const int32_t* teacher_ids = nullptr;      // [S, k]
+  const float* teacher_logprobs = nullptr;   // [S, k]
+  double ce_factor = 1, kl_factor = 0;
+  LossForm form;
+  Tensor d_hidden{}, d_weight{};  // absent: no gradients
+};
+
+struct Sums {
+  double weight = 0, ce = 0, kl = 0, teacher_mass = 0, agreement = 0;
+};
+
+// A logit of a chunk that is needed by itself: slot < k of the teacher's tokens, or the label at slot k.
+struct Entry {
+  int32_t token, position, slot;
+};
+
+template <typename E>
+inline E from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline bf16 from_float<bf16>(float x) { return to_bf16(x); }
+
+inline void put_row(float* to, const float* from, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void put_row(float* to, const bf16* from, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
+}
+inline void put_row(bf16* to, const bf16* from, int64_t n) { std::memcpy(to, from, n * sizeof(bf16)); }
+inline void put_row(bf16* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; i++) to[i] = to_bf16(from[i]);
+}
+
+// One chunk of positions at work. E is the operands' element: bf16, or float.
+template <typename E>
+class Chunk {
+ public:
+  Chunk(const Head& head, int64_t capacity)
+      : head_(head), D_(head.hidden.dim(1)), V_(head.weight.dim(0)),
+        p_(packing(sizeof(E) == 2)), group_((kGroup + p_.block_m - 1) / p_.block_m * p_.block_m),
+        num_groups_((V_ + group_ - 1) / group_), capacity_((capacity + p_.block_n - 1) / p_.block_n * p_.block_n),
+        num_slots_(head.k + 1), has_gradients_(head.d_weight.exists()) {
+    hidden_ = allocate<E>(capacity_ * D_);
+    packed_hidden_ = allocate<char>(capacity_ / p_.block_n * p_.b_bytes(D_));
+    max_ = allocate<float>(num_groups_ * capacity_);
+    sum_ = allocate<float>(num_groups_ * capacity_);
+    picked_ = allocate<float>(capacity_ * num_slots_);
+    beaten_ = allocate<uint8_t>(capacity_);
+    if (has_gradients_) {
+      logits_ = allocate<E>(V_ * ((capacity + kLanes - 1) / kLanes * kLanes));
+      d_hidden_ = allocate<float>(capacity_ * D_);
+    }
+  }
+
+  // Bytes that a position of the chunk needs, about.
+  static int64_t bytes_per_position(const Head& head) {
+    const int64_t D = head.hidden.dim(1), V = head.weight.dim(0), groups = V / kGroup + 1;
+    const bool gradients = head.d_weight.exists();
+    return int64_t(sizeof(E)) * (2 * D + (gradients ? V : 0)) + 4 * (gradients ? D : 0) + 8 * groups +
+           16 * (head.k + 1);
+  }
+
+  // Adds the losses of the given positions to the sums, and their gradients to d_weight (or writes that, if `first`)
+  // and d_hidden.
+  void run(const std::vector<int64_t>& positions, bool first, Sums& sums) {
+    positions_ = positions.data();
+    C_ = static_cast<int64_t>(positions.size());
+    width_ = (C_ + kLanes - 1) / kLanes * kLanes;
+    list_entries();
+    gather_hidden();
+    parallel_for(num_groups_, [&](int64_t group) { compute_logits(group); });
+    finish_positions(sums);
+    if (!has_gradients_) return;
+    parallel_for(num_groups_, [&](int64_t group) { finish_gradient(group); });
+    multiply_gradients(first);
+    scatter_d_hidden();
+  }
+
+ private:
+  void list_entries() {
+    group_starts_.assign(num_groups_ + 1, 0);
+    entries_.resize(C_ * num_slots_);
+    for (int pass = 0; pass < 2; pass++) {  // count, then place: within a group in the order of positions
+      for (int64_t c = 0; c < C_; c++) {
+        for (int slot = 0; slot < num_slots_; slot++) {
+          const int64_t at = positions_[c];
+          const int32_t token = slot < head_.k ? head_.teacher_ids[at * head_.k + slot] : head_.labels[at];
+          int64_t& start = group_starts_[token / group_ + (pass == 0)];
+          if (pass == 1) entries_[start] = {token, static_cast<int32_t>(c), slot};
+          start++;
+        }
+      }
+      if (pass == 0) {
+        for (int64_t g = 0; g < num_groups_; g++) group_starts_[g + 1] += group_starts_[g];
+      } else {
+        for (int64_t g = num_groups_; g > 0; g--) group_starts_[g] = group_starts_[g - 1];
+        group_starts_[0] = 0;
+      }
+    }
+  }
+
+  void gather_hidden() {
+    const int64_t depth_bytes = p_.b_bytes(kDepth);
+    parallel_for((C_ + p_.block_n - 1) / p_.block_n, [&](int64_t block) {
+      const int64_t begin = block * p_.block_n, end = std::min<int64_t>(C_, begin + p_.block_n);
+      for (int64_t c = begin; c < end; c++) {
+        const int64_t from = positions_[c] * D_;
+        if (head_.hidden.dtype == DType::bf16) {
+          put_row(hidden_.get() + c * D_, head_.hidden.as<bf16>() + from, D_);
+        } else {
+          put_row(hidden_.get() + c * D_, head_.hidden.as<float>() + from, D_);
+        }
+      }
+      char* packed = packed_hidden_.get() + block * p_.b_bytes(D_);
+      for (int64_t k = 0; k < D_; k += kDepth, packed += depth_bytes)
+        pack_b(p_, {hidden_.get() + begin * D_ + k, dtype(), 1, D_}, end - begin, std::min(kDepth, D_ - k), packed);
+    });
+  }
+
+  // A group of tokens against all positions: one block of positions at a time, tokens down, positions across.
+  void compute_logits(int64_t group) {
+    const int64_t first = group * group_, tokens = std::min(group_, V_ - first);
+    const int64_t blocks = (tokens + p_.block_m - 1) / p_.block_m, depth_bytes = p_.a_bytes(kDepth);
+    char* weight = static_cast<char*>(scratch(kPackA, blocks * p_.a_bytes(D_)));
+    for (int64_t k = 0; k < D_; k += kDepth) {
+      const int64_t depth = std::min(kDepth, D_ - k);
+      for (int64_t i = 0; i < blocks; i++) {
+        const int64_t row = first + i * p_.block_m;
+        const Operand rows{head_.weight.as<char>() + (row * D_ + k) * size_of(head_.weight.dtype), head_.weight.dtype,
+                           D_, 1};
+        pack_a(p_, rows, std::min<int64_t>(p_.block_m, V_ - row), depth,
+               weight + k / kDepth * blocks * depth_bytes + i * p_.a_bytes(depth));
+      }
+    }
+    const int64_t width = p_.block_n;
+    float* tile = static_cast<float*>(scratch(kTile, group_ * width * 4));
+    const Entry* entry = entries_.data() + group_starts_[group];
+    const Entry* const last_entry = entries_.data() + group_starts_[group + 1];
+    for (int64_t begin = 0; begin < C_; begin += width) {
+      const char* hidden = packed_hidden_.get() + begin / width * p_.b_bytes(D_);
+      for (int64_t k = 0; k < D_; k += kDepth) {
+        const int64_t depth = std::min(kDepth, D_ - k);
+        const char* slab = weight + k / kDepth * blocks * depth_bytes;
+        for (int64_t i = 0; i < blocks; i++)
+          product(p_, slab + i * p_.a_bytes(depth), hidden + k / kDepth * p_.b_bytes(kDepth), depth,
+                  tile + i * p_.block_m * width, width, k > 0);
+      }
+      const Entry* const end = std::find_if(entry, last_entry,
+                                            [&](const Entry& e) { return e.position >= begin + width; });
+      pick(tile, entry, end, first, tokens, begin);
+      entry = end;
+      for (int64_t lane = 0; lane < width && begin + lane < width_; lane += kLanes)
+        exponentiate(tile + lane, tokens, group * width_ + begin + lane, first * width_ + begin + lane);
+    }
+  }
+
+  // Takes the entries' logits out of a tile, so that what is left of it are the tokens outside the k.
+  void pick(float* tile, const Entry* begin, const Entry* end, int64_t first, int64_t tokens, int64_t first_position) {
+    const int64_t width = p_.block_n;
+    for (const Entry* e = begin; e < end; e++) {
+      const float* column = tile + e->position - first_position;
+      const float logit = column[(e->token - first) * width];
+      picked_[e->position * num_slots_ + e->slot] = logit;
+      if (e->slot == 0 && head_.k > 0) {  // the first of equals is the largest
+        bool beaten = false;
+        for (int64_t t = 0; t < tokens; t++)
+          beaten |= first + t < e->token ? column[t * width] >= logit : column[t * width] > logit;
+        beaten_[e->position] = beaten;
+      }
+    }
+    for (const Entry* e = begin; e < end; e++)
+      if (e->slot < head_.k) tile[(e->token - first) * width + e->position - first_position] = -INFINITY;
+  }
+
+  // kLanes columns of a tile: their maximum and sum of exponentials, which are stored where gradients are wanted.
+  void exponentiate(const float* tile, int64_t tokens, int64_t at, int64_t logits_at) {
+    const int64_t width = p_.block_n;
+    vf max = splat(-3e38f), sum = vf{};  // finite: -inf minus it is -inf
+    for (int64_t t = 0; t < tokens; t++) max = vmax(load(tile + t * width), max);
+    if (has_gradients_) {
+      E* out = logits_.get() + logits_at;
+      for (int64_t t = 0; t < tokens; t++) {
+        vf e = vexp(load(tile + t * width) - max);
+        sum += e;
+        store(out + t * width_, e);
+      }
+    } else {
+      for (int64_t t = 0; t < tokens; t++) sum += vexp(load(tile + t * width) - max);
+    }
+    store(max_.get() + at, max);
+    store(sum_.get() + at, sum);
+  }
+
+  // Losses; picked_ becomes the entries' gradients and max_ what the group's exponentials are multiplied by.
+  void finish_positions(Sums& sums) {
+    std::vector<PositionLoss> losses(C_);
+    std::vector<uint8_t> agrees(C_);
+    parallel_for(width_ / kLanes, [&](int64_t block) {
+      const int64_t begin = block * kLanes;
+      vf top = splat(-3e38f);
+      for (int64_t g = 0; g < num_groups_; g++) top = vmax(load(max_.get() + g * width_ + begin), top);
+      double total[kLanes] = {};
+      for (int64_t g = 0; g < num_groups_; g++) {
+        float part[kLanes];
+        store(part, load(sum_.get() + g * width_ + begin) * vexp(load(max_.get() + g * width_ + begin) - top));
+        for (int i = 0; i < kLanes; i++) total[i] += part[i];
+      }
+      float scale[kLanes] = {};
+      for (int i = 0; i < kLanes && begin + i < C_; i++) {
+        const int64_t c = begin + i;
+        agrees[c] = head_.k > 0 && is_largest(c);
+        const double rest_lse = total[i] > 0 ? top[i] + std::log(total[i]) : total[i] == 0 ? -INFINITY : NAN;
+        losses[c] = finish_position(c, rest_lse);
+        if (total[i] != 0) scale[i] = static_cast<float>(losses[c].rest_grad / total[i]);
+      }
+      if (!has_gradients_) return;
+      const vf factor = load(scale);
+      for (int64_t g = 0; g < num_groups_; g++) {
+        float* max = max_.get() + g * width_ + begin;
+        store(max, vexp(load(max) - top) * factor);
+      }
+    });
+    for (int64_t c = 0; c < C_; c++) {
+      const double weight = head_.weights[positions_[c]];
+      sums.weight += weight;
+      sums.ce += weight * losses[c].ce;
+      sums.kl += weight * losses[c].kl;
+      sums.teacher_mass += weight * losses[c].teacher_mass;
+      sums.agreement += weight * agrees[c];
+    }
+  }
+
+  // Whether the teacher's first token has the student's largest logit; the first of equals counts.
+  bool is_largest(int64_t c) const {
+    const float* picked = picked_.get() + c * num_slots_;
+    const int32_t* ids = head_.teacher_ids + positions_[c] * head_.k;
+    if (beaten_[c]) return false;
+    for (int i = 1; i < head_.k; i++)
+      if (ids[i] < ids[0] ? picked[i] >= picked[0] : picked[i] > picked[0]) return false;
+    const int64_t own = ids[0] / group_;
+    for (int64_t g = 0; g < num_groups_; g++) {
+      const float max = max_[g * width_ + c];
+      if (g < own ? max >= picked[0] : g > own && max > picked[0]) return false;
+    }
+    return true;
+  }
+
+  PositionLoss finish_position(int64_t c, double rest_lse) {
+    const int64_t at = positions_[c];
+    const double weight = head_.weights[at];
+    float* picked = picked_.get() + c * num_slots_;
+    Position position{head_.k, head_.teacher_logprobs + at * head_.k, picked, picked[head_.k], -1, rest_lse,
+                      head_.k < V_, weight * head_.ce_factor, weight * head_.kl_factor};
+    for (int i = 0; i < head_.k; i++)
+      if (head_.teacher_ids[at * head_.k + i] == head_.labels[at]) position.label_slot = i;
+    // In place: position_loss reads a logit for the last time when it writes that gradient.
+    const PositionLoss loss = position_loss(head_.form, position, picked);
+    picked[head_.k] = static_cast<float>(loss.label_grad);
+    return loss;
+  }
+
+  void finish_gradient(int64_t group) {
+    const int64_t first = group * group_, tokens = std::min(group_, V_ - first);
+    const float* scale = max_.get() + group * width_;
+    for (int64_t t = first; t < first + tokens; t++) {
+      E* row = logits_.get() + t * width_;
+      for (int64_t c = 0; c < width_; c += kLanes) store(row + c, load(row + c) * load(scale + c));
+    }
+    // The label comes last among a position's slots of a token: its gradient holds the whole.
+    for (int64_t i = group_starts_[group]; i < group_starts_[group + 1]; i++) {
+      const Entry& e = entries_[i];
+      logits_[e.token * width_ + e.position] = from_float<E>(picked_[e.position * num_slots_ + e.slot]);
+    }
+  }
+
+  void multiply_gradients(bool first) {
+    Gemm g;
+    g.M = V_;
+    g.N = D_;
+    g.K = C_;
+    g.a = {logits_.get(), dtype(), width_, 1};
+    g.b = {hidden_.get(), dtype(), D_, 1};
+    g.c = head_.d_weight.data;
+    g.c_dtype = DType::f32;
+    g.c_stride = D_;
+    g.accumulate = !first;
+    g.streams = true;
+    g.bf16_products = p_.bf16;
+    gemm(g);
+    g.M = C_;
+    g.K = V_;
+    g.a = {logits_.get(), dtype(), 1, width_};
+    g.b = {head_.weight.data, head_.weight.dtype, D_, 1};
+    g.c = d_hidden_.get();
+    g.accumulate = g.streams = false;
+    gemm(g);
+  }
+
+  void scatter_d_hidden() {
+    for (int64_t c = 0; c < C_; c++) {
+      const int64_t to = positions_[c] * D_;
+      if (head_.d_hidden.dtype == DType::bf16) {
+        put_row(head_.d_hidden.as<bf16>() + to, d_hidden_.get() + c * D_, D_);
+      } else {
+        put_row(head_.d_hidden.as<float>() + to, d_hidden_.get() + c * D_, D_);
+      }
+    }
+  }
+
+  static DType dtype() { return sizeof(E) == 2 ? DType::bf16 : DType::f32; }
+
+  const Head& head_;
+  const int64_t D_, V_;
+  const Packing p_;
+  const int64_t group_, num_groups_, capacity_;
+  const int num_slots_;
+  const bool has_gradients_;
+  const int64_t* positions_ = nullptr;
+  int64_t C_ = 0, width_ = 0;  // positions, and the same up to whole vectors
+  Buffer<E> hidden_, logits_;  // [C, D]; [V, width]: exponentials, then gradients
+  Buffer<char> packed_hidden_;
+  Buffer<float> max_, sum_;    // [groups, width]
+  Buffer<float> picked_;       // [C, k + 1]
+  Buffer<float> d_hidden_;     // [C, D]
+  Buffer<uint8_t> beaten_;     // [C]: a token of the same group is larger than the teacher's first
+  std::vector<Entry> entries_;
+  std::vector<int64_t> group_starts_;
+};
+
+void fill_zero(const Tensor& x) {
+  char* data = x.as<char>();
+  parallel_blocks(x.size() * size_of(x.dtype), 1 << 20,
+                  [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
+}
+
+template <typename E>
+Sums run_head(const Head& head) {
+  std::vector<int64_t> positions;  // those of weight zero leave before any product
+  for (int64_t s = 0; s < head.hidden.dim(0); s++)
+    if (head.weights[s] != 0) positions.push_back(s);
+  const int64_t count = static_cast<int64_t>(positions.size());
+  if (head.d_hidden.exists() && count < head.hidden.dim(0)) fill_zero(head.d_hidden);
+  Sums sums;
+  if (count == 0) {
+    if (head.d_weight.exists()) fill_zero(head.d_weight);
+    return sums;
+  }
+  const int64_t most = std::max<int64_t>(1, kChunkBytes / Chunk<E>::bytes_per_position(head));
+  const int64_t num_chunks = (count + most - 1) / most;
+  Chunk<E> chunk(head, (count + num_chunks - 1) / num_chunks);
+  for (int64_t i = 0; i < num_chunks; i++)
+    chunk.run({positions.begin() + i * count / num_chunks, positions.begin() + (i + 1) * count / num_chunks}, i == 0,
+              sums);
+  return sums;
+}
+
+void expect_size(const Call& call, int tensor, const char* argument, int64_t size, DType dtype) {
+  expect_dtype(call, tensor, argument, dtype);
+  expect(call[tensor].size() == size, call, argument, shape_of(call[tensor]), std::to_string(size) + " elements");
+}
+
+Head checked(const Call& call) {
+  Head head{call[0], call[1], call[2].as<int32_t>(), call[3].as<float>()};
+  expect_float(call, 0, "hidden");
+  expect_float(call, 1, "weight");
+  expect(head.hidden.rank == 2, call, "hidden", shape_of(head.hidden), "[positions, hidden]");
+  expect(head.weight.rank == 2 && head.weight.dim(1) == head.hidden.dim(1), call, "weight", shape_of(head.weight),
+         "[vocabulary, " + std::to_string(head.hidden.dim(1)) + "]");
+  expect_size(call, 2, "labels", head.hidden.dim(0), DType::i32);
+  expect_ids(call, 2, "labels", head.weight.dim(0));
+  expect_size(call, 3, "weights", head.hidden.dim(0), DType::f32);
+  return head;
+}
+
+Sums run(const Head& head) {
+  const bool rounds = bf16_products() || head.hidden.dtype == DType::bf16 || head.weight.dtype == DType::bf16;
+  return rounds ? run_head<bf16>(head) : run_head<float>(head);
+}
+
+// hidden [S, D], weight [V, D], labels [S], weights [S] -> loss [1], metrics [1][, d_hidden [S, D], d_weight [V, D]]
+void cross_entropy_head(const Call& call, bool gradients) {
+  Head head = checked(call);
+  if (gradients) {
+    head.d_hidden = call[6];
+    head.d_weight = call[7];
+  }
+  const Sums sums = run(head);
+  *call[4].as<float>() = static_cast<float>(sums.ce);
+  *call[5].as<float>() = static_cast<float>(sums.weight);
+}
+
+// hidden, weight, labels, weights, teacher_ids [S, k], teacher_logprobs [S, k], form [4] = temperature, tail, factors
+// of cross-entropy and KL -> loss [1], metrics [5][, d_hidden, d_weight]
+void topk_kl_head(const Call& call, bool gradients) {
+  Head head = checked(call);
+  const Tensor ids = call[4];
+  const int64_t S = head.hidden.dim(0), V = head.weight.dim(0);
+  expect(ids.rank == 2 && ids.dim(1) > 0 && ids.dim(1) <= V, call, "teacher_ids", shape_of(ids),
+         "[positions, 1 to " + std::to_string(V) + "]");
+  head.k = static_cast<int>(ids.dim(1));
+  expect_size(call, 4, "teacher_ids", S * head.k, DType::i32);
+  expect_ids(call, 4, "teacher_ids", V);
+  expect_size(call, 5, "teacher_logprobs", S * head.k, DType::f32);
+  expect_size(call, 6, "form", 4, DType::f32);
+  head.teacher_ids = ids.as<int32_t>();
+  head.teacher_logprobs = call[5].as<float>();
+  head.form = loss_form(call, 6);
+  head.ce_factor = call[6].as<float>()[2];
+  head.kl_factor = call[6].as<float>()[3];
+  if (gradients) {
+    head.d_hidden = call[9];
+    head.d_weight = call[10];
+  }
+  const Sums sums = run(head);
+  double loss = 0;
+  if (head.ce_factor != 0) loss += head.ce_factor * sums.ce;
+  if (head.kl_factor != 0) loss += head.kl_factor * sums.kl;
+  *call[7].as<float>() = static_cast<float>(loss);
+  float* metrics = call[8].as<float>();
+  for (double sum : {sums.weight, sums.ce, sums.kl, sums.teacher_mass, sums.agreement})
+    *metrics++ = static_cast<float>(sum);
+}
+
+}  // namespace
+
+// "Value": without the gradients. Names of their own: MindSpore keeps the inferred outputs of a function by its name.
+PANGU_FUNCTION(CrossEntropyHead) { cross_entropy_head(call, true); }
+PANGU_FUNCTION(CrossEntropyHeadValue) { cross_entropy_head(call, false); }
+PANGU_FUNCTION(TopkKlHead) { topk_kl_head(call, true); }
+PANGU_FUNCTION(TopkKlHeadValue) { topk_kl_head(call, false); }
+
+}  // namespace pangu
