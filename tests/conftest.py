@@ -11,7 +11,7 @@ from mindpangu.config import ModelConfig
 
 def pytest_addoption(parser):
     parser.addoption("--cpu-level", help="instruction set of the CPU library: portable, avx2, ... (default: the best)")
-    parser.addoption("--cpu-sanitize", action="store_true", help="the CPU library with ASan and UBSan (make test-sanitize)")
+    parser.addoption("--cpu-sanitize", action="store_true", help="the CPU library with ASan and UBSan")
 
 
 @pytest.fixture(scope="session")
