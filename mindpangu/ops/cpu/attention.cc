@@ -218,7 +218,7 @@ void write_transposed(const float* tile, int64_t stride, int64_t rows, int64_t c
 namespace {
 
 // Keys of one running-softmax step: scores and probabilities of block_n queries stay in the first-level cache.
-int64_t keys_per_step(const Packing& p) { return round_up(p.bf16 ? 128 : 96, p.block_m); }
+int64_t keys_per_step(const Packing& p) { return round_up(p.parts > 0 ? 128 : 96, p.block_m); }
 constexpr int64_t kStepsPerSweep = 4;  // what all queries of a task meet before the next keys come
 constexpr int64_t kQueriesPerTask = 128;
 constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of keys and values at a time, or one head of one document
@@ -319,10 +319,11 @@ struct Forward {
   // Probabilities of keys i and i + 1 for kLanes queries from `column` on: in place, or to AMX's layout.
   void put(float* scores, [[maybe_unused]] char* weights, int64_t i, int64_t column, vf even, vf odd) const {
 #if defined(__AMX_BF16__)
-    if (p.bf16) return store_right(weights, i, column, even, odd);
-#endif
+    (p.bf16 ? store_right<1> : store_right<3>)(weights, i, column, even, odd);
+#else
     store(scores + i * bn + column, even);
     store(scores + (i + 1) * bn + column, odd);  // there is such a row: blocks of keys are even
+#endif
   }
 
   // One step of keys for one block of queries of one head: scores [keys][bn], softmax down the columns.
@@ -370,7 +371,7 @@ struct Forward {
         i += 2;
       }
 #if defined(__AMX_BF16__)
-      for (; p.bf16 && i < p.padded_k(keys); i += 2) put(scores, weights, i, c, vf{}, vf{});
+      for (; i < p.padded_k(keys); i += 2) put(scores, weights, i, c, vf{}, vf{});
 #endif
       store(totals + c, even_total + odd_total);
       if (risen) {
@@ -378,9 +379,13 @@ struct Forward {
         for (int64_t h = 0; h < head_dim; h++, sums += width) store(sums, load(sums) * shrink);
       }
     }
-    const void* right = p.bf16 ? static_cast<const void*>(weights) : scores;  // float32's layout is that of the scores
+    const void* right = weights;
 #if !defined(__AMX_BF16__)
-    if (p.bf16) pack_b(p, {scores, DType::f32, bn, 1}, bn, keys, weights);
+    if (p.bf16) {
+      pack_b(p, {scores, DType::f32, bn, 1}, bn, keys, weights);
+    } else {
+      right = scores;  // float32's layout is that of the scores
+    }
 #endif
     for (int64_t h = 0; h < h_blocks; h++)
       product(p, x.v + s * v_step_bytes + h * p.a_bytes(step), right, keys, sums_of_v + h * bm * bn, bn, true);

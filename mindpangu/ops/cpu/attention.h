@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "plugin.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace pangu {
@@ -86,21 +87,5 @@ inline vf exp_of_nonpositive(vf x) {
   p = p * r + 1.0f;
   return p * as_float(as_int(shifted) << 23);
 }
-
-#if defined(__AMX_BF16__)
-// Probabilities straight to where AMX takes them (the layouts are gemm.cc's). Right operand: rows k and k + 1, k even,
-// of 16 columns from `column` on.
-inline void store_right(void* packed, int64_t k, int64_t column, vf even, vf odd) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  bf16* line = static_cast<bf16*>(packed) + k / 32 * 1024 + column / 16 * 512 + k % 32 * 16;
-  _mm512_store_si512(line, _mm512_permutexvar_epi16(interleave, both));
-}
-// Left operand: 32 columns of a row below 32.
-inline void store_left(void* packed, int64_t row, vf low, vf high) {
-  _mm512_store_si512(static_cast<bf16*>(packed) + row * 32, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-}
-#endif
 
 }  // namespace pangu

@@ -50,6 +50,8 @@ struct Backward {
   const int64_t packed_bytes = 2 * k_bytes + k_rows_bytes;
   const int64_t panel_floats = h_blocks * bm * bn, sums_floats = panels * panel_floats;
 
+  const bool packs_right = p.bf16 || p.parts > 0;  // else the probabilities' layout is that of the scores
+
   int64_t num_key_blocks(const Document& d) const { return (d.num_keys + block_k - 1) / block_k; }
   int64_t num_query_blocks(const Document& d) const { return (d.num_queries + block_q - 1) / block_q; }
 
@@ -110,25 +112,24 @@ struct Backward {
     const float scale = a.scale;
     const int64_t width = bn;
 #if defined(__AMX_BF16__)
-    if (p.bf16) {
-      for (int64_t r = begin; r < end; r += 2) {  // rows come in blocks of 32
-        vf probability[2][2], gradient[2][2];
-        for (int i = 0; i < 2; i++)
-          for (int j = 0; j < 2; j++) {
-            const int64_t e = (r + i) * width + j * kLanes, row = r + i;
-            probability[i][j] = exp_of_nonpositive(load(w + e) * scale - top[row]) * per_total[row];
-            gradient[i][j] = probability[i][j] * (load(ds + e) - dy_out[row]);
-          }
+    auto put_right = p.bf16 ? store_right<1> : store_right<3>;
+    auto put_left = p.bf16 ? store_left<1> : store_left<3>;
+    for (int64_t r = begin; r < end; r += 2) {  // rows come in blocks of 32
+      vf probability[2][2], gradient[2][2];
+      for (int i = 0; i < 2; i++)
         for (int j = 0; j < 2; j++) {
-          store_right(w_right, r - begin, j * kLanes, probability[0][j], probability[1][j]);
-          store_right(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
+          const int64_t e = (r + i) * width + j * kLanes, row = r + i;
+          probability[i][j] = exp_of_nonpositive(load(w + e) * scale - top[row]) * per_total[row];
+          gradient[i][j] = probability[i][j] * (load(ds + e) - dy_out[row]);
         }
-        char* left = ds_left + r / bm * p.a_bytes(block_k);
-        for (int i = 0; i < 2; i++) store_left(left, r % bm + i, gradient[i][0], gradient[i][1]);
+      for (int j = 0; j < 2; j++) {
+        put_right(w_right, r - begin, j * kLanes, probability[0][j], probability[1][j]);
+        put_right(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
       }
-      return;
+      char* left = ds_left + r / bm * p.a_bytes(block_k);
+      for (int i = 0; i < 2; i++) put_left(left, r % bm + i, gradient[i][0], gradient[i][1]);
     }
-#endif
+#else
     for (int64_t r = begin; r < end; r++)
       for (int64_t e = r * width; e < (r + 1) * width; e += kLanes) {
         const vf probability = exp_of_nonpositive(load(w + e) * scale - top[r]) * per_total[r];
@@ -141,6 +142,7 @@ struct Backward {
     }
     for (int64_t r = begin; r < end; r += bm)
       pack_a(p, {ds + r * width, DType::f32, width, 1}, bm, width, ds_left + r / bm * p.a_bytes(block_k));
+#endif
   }
 
   // Queries [from, from + block_q) of one head: their dq whole, and their part of dk and dv.
@@ -151,7 +153,7 @@ struct Backward {
     const int64_t line_bytes = p.a_bytes(H), column_bytes = p.a_bytes(block_q);
     const int64_t tile_floats = block_q * block_k;
     const int64_t left_bytes = row_blocks * line_bytes, across_bytes = h_blocks * column_bytes;
-    const int64_t right_bytes = p.bf16 ? panels * p.b_bytes(block_q) : 0;
+    const int64_t right_bytes = packs_right ? panels * p.b_bytes(block_q) : 0;
     char* memory = static_cast<char*>(
         scratch(kSoftmax, 2 * left_bytes + 2 * across_bytes + 8 * tile_floats + 2 * right_bytes +
                               row_blocks * p.a_bytes(block_k) + 4 * h_panels * block_q * bn + 12 * block_q + 64 * 8));
@@ -221,7 +223,7 @@ struct Backward {
           hide(d, head, from + row, rows - row, key, bn, w + row * bn, bn, 1);
         const char *w_right = reinterpret_cast<const char*>(w + row * bn);
         const char* ds_right = reinterpret_cast<const char*>(ds + row * bn);
-        if (p.bf16) {
+        if (packs_right) {
           w_right = weights_right + c * p.b_bytes(block_q);
           ds_right = dscores_right + c * p.b_bytes(block_q);
         }

@@ -1,12 +1,15 @@
-// Blocked matrix products on packed operands (Goto and van de Geijn, doi:10.1145/1356052.1356053): float32 in FMA
-// registers; bfloat16 in AMX tiles, in AVX512-BF16 dot products, or rounded and multiplied as float32 where a machine
-// has neither.
+// Blocked matrix products on packed operands (Goto and van de Geijn, doi:10.1145/1356052.1356053): bfloat16 in AMX tiles,
+// in AVX512-BF16 dot products, or rounded and multiplied as float32 where a machine has neither; float32 in FMA
+// registers, or where there are AMX tiles as six products of bfloat16 parts (Henry, Tang and Heinecke,
+// arXiv:1904.06376), which takes half the time: x = x0 + x1 + x2 holds all 24 bits of a float32, and what is left out
+// of x y is below 2^-23 of it. Infinity, and what rounds to it (3.39e38), becomes NaN that way.
 #include "gemm.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "tiles.h"
 #include "vec.h"
 
 #if defined(__AMX_BF16__)
@@ -20,6 +23,97 @@ namespace {
 
 bool rounds_products = false;
 
+constexpr int64_t kSumBlock = 512;  // K of a product whose blocks stay in the first-level cache
+constexpr int64_t kPackStrip = 32;  // a multiple of every block_k
+
+// ---- Products of one block ------------------------------------------------------------------------------------------
+
+#if defined(__AMX_BF16__)
+
+// Linux grants the tile registers per process; each thread sets their shapes, again whenever it comes from other code:
+// PyTorch and oneDNN set and release them too, and a tile instruction without shapes kills the process.
+void prepare_tiles() {
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  if (!granted) throw Error("the system does not grant AMX tiles to this process.");
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; i++) {
+    shapes.bytes_per_row[i] = 64;
+    shapes.rows[i] = 16;
+  }
+  // GCC's intrinsic says that it reads 8 bytes: without this the other stores are dead to the compiler.
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+}
+
+inline void load_left(const bf16* a) {
+  _tile_loadd(4, a, 64);
+  _tile_loadd(5, a + kTileElements / 2, 64);
+}
+inline void load_right(const bf16* b) {
+  _tile_loadd(6, b, 64);
+  _tile_loadd(7, b + kTileElements / 2, 64);
+}
+inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// a: [K / 32][parts][2][16 rows][32], b: [K / 32][parts][2][16 pairs of k][16 columns][2].
+template <int parts>
+void product_tiles(const bf16* a, const bf16* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
+  static thread_local int64_t prepared_in = -1;
+  if (prepared_in != num_entries) {
+    prepare_tiles();
+    prepared_in = num_entries;
+  }
+  const int64_t bytes = stride * 4;
+  if (accumulate) {
+    _tile_loadd(0, tile, bytes);
+    _tile_loadd(1, tile + 16, bytes);
+    _tile_loadd(2, tile + 16 * stride, bytes);
+    _tile_loadd(3, tile + 16 * stride + 16, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += 32) {
+    load_left(a);
+    if constexpr (parts == 1) {
+      load_right(b);
+      multiply_tiles();
+    } else {  // from the smallest terms to the largest; six tiles of twelve are loaded once, one twice
+      load_right(b + 2 * kTileElements);
+      multiply_tiles();
+      load_right(b + kTileElements);
+      multiply_tiles();
+      load_left(a + kTileElements);
+      multiply_tiles();
+      load_right(b);
+      multiply_tiles();
+      load_left(a + 2 * kTileElements);
+      multiply_tiles();
+      load_left(a);
+      multiply_tiles();
+    }
+    a += parts * kTileElements;
+    b += parts * kTileElements;
+  }
+  _tile_stored(0, tile, bytes);
+  _tile_stored(1, tile + 16, bytes);
+  _tile_stored(2, tile + 16 * stride, bytes);
+  _tile_stored(3, tile + 16 * stride + 16, bytes);
+}
+
+#else
+
 #if defined(__AVX512F__)
 constexpr int kRows = 12, kColumnVectors = 2;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__)
@@ -30,10 +124,6 @@ constexpr int kRows = 8, kColumnVectors = 3;  // 24 of 32
 constexpr int kRows = 4, kColumnVectors = 2;  // 8 of 16
 #endif
 constexpr int kColumns = kColumnVectors * kLanes;
-constexpr int64_t kSumBlock = 512;  // K of a product whose blocks stay in the first-level cache
-constexpr int64_t kPackStrip = 32;  // a multiple of every block_k
-
-// ---- Products of one block ------------------------------------------------------------------------------------------
 
 // a: [K][kRows], b: [K][kColumns].
 void product_f32(const float* a, const float* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
@@ -62,67 +152,7 @@ void product_f32(const float* a, const float* b, int64_t K, float* tile, int64_t
     }
 }
 
-#if defined(__AMX_BF16__)
-
-constexpr int kBf16Rows = 32, kBf16Columns = 32, kBf16K = 32;
-
-// Linux grants the tile registers per process; each thread sets their shapes, again whenever it comes from other code:
-// PyTorch and oneDNN set and release them too, and a tile instruction without shapes kills the process.
-void prepare_tiles() {
-  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-  if (!granted) throw Error("the system does not grant AMX tiles to this process.");
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {};
-    uint8_t rows[16] = {};
-  } shapes;
-  for (int i = 0; i < 8; i++) {
-    shapes.bytes_per_row[i] = 64;
-    shapes.rows[i] = 16;
-  }
-  // GCC's intrinsic says that it reads 8 bytes: without this the other stores are dead to the compiler.
-  __asm__ volatile("" : : "r"(&shapes) : "memory");
-  _tile_loadconfig(&shapes);
-}
-
-// a: [K / 32][2][16 rows][32], b: [K / 32][2][16 pairs of k][16 columns][2].
-void product_bf16(const bf16* a, const bf16* b, int64_t K, float* tile, int64_t stride, bool accumulate) {
-  static thread_local int64_t prepared_in = -1;
-  if (prepared_in != num_entries) {
-    prepare_tiles();
-    prepared_in = num_entries;
-  }
-  const int64_t bytes = stride * 4;
-  if (accumulate) {
-    _tile_loadd(0, tile, bytes);
-    _tile_loadd(1, tile + 16, bytes);
-    _tile_loadd(2, tile + 16 * stride, bytes);
-    _tile_loadd(3, tile + 16 * stride + 16, bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < K; k += 32) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + 512, 64);
-    _tile_loadd(5, a + 512, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    a += 1024;
-    b += 1024;
-  }
-  _tile_stored(0, tile, bytes);
-  _tile_stored(1, tile + 16, bytes);
-  _tile_stored(2, tile + 16 * stride, bytes);
-  _tile_stored(3, tile + 16 * stride + 16, bytes);
-}
-
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 
 constexpr int kBf16Rows = kRows, kBf16Columns = kColumns, kBf16K = 2;
 
@@ -157,15 +187,12 @@ void product_bf16(const bf16* a, const bf16* b, int64_t K, float* tile, int64_t 
     }
 }
 
+typedef bf16 Rounded;
+
 #else
 
 constexpr int kBf16Rows = kRows, kBf16Columns = kColumns, kBf16K = 1;
 
-#endif
-
-#if defined(__AVX512BF16__)
-typedef bf16 Rounded;
-#else
 // A float32 that holds a bfloat16's value: without bfloat16 instructions products are those of float32.
 struct Rounded {
   float value;
@@ -173,6 +200,8 @@ struct Rounded {
 using pangu::store;
 inline void store(Rounded* p, vf x) { store(&p->value, round_to_bf16(x)); }
 #endif
+
+#endif  // AMX
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
@@ -196,6 +225,114 @@ template <>
 inline void copy_run(bf16* to, const bf16* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(bf16));
 }
+
+#if defined(__AMX_BF16__)
+
+// 16 x 16 transposition of 4-byte elements.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+template <int parts>
+inline void put_tiles(__m512i r[parts][16], bool transposed, bf16* to) {
+  for (int j = 0; j < parts; j++) {
+    if (transposed) transpose16(r[j]);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(to + j * kTileElements + i * 32, r[j][i]);
+  }
+}
+
+// n elements, zeros behind them, as the sum of `parts` bfloat16 numbers each.
+template <int parts>
+inline void load32(const bf16* p, int n, __m512i to[parts]) {
+  __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  to[0] = _mm512_maskz_loadu_epi16(mask, p);
+  for (int i = 1; i < parts; i++) to[i] = _mm512_setzero_si512();
+}
+template <int parts>
+inline void load32(const float* p, int n, __m512i to[parts]) {
+  __mmask16 low = n >= 16 ? 0xffff : (1u << n) - 1, high = n >= 32 ? 0xffff : n > 16 ? (1u << (n - 16)) - 1 : 0;
+  split<parts>((vf)_mm512_maskz_loadu_ps(low, p), (vf)_mm512_maskz_loadu_ps(high, p + 16), to);
+}
+
+// A tile's 16 lines of 32 along K. Lines are contiguous along K (step 1): AMX's layout of A, and transposed that of B.
+template <int parts, typename From>
+void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool transposed, bf16* to) {
+  for (int64_t k = 0; k < K; k += 32, to += parts * kTileElements) {
+    int n = static_cast<int>(std::min<int64_t>(32, K - k));
+    for (int half = 0; half < 2; half++) {
+      __m512i r[parts][16];
+      for (int i = 0; i < 16; i++) {
+        int64_t row = half * 16 + i;
+        __m512i part[parts] = {};
+        if (row < lines) load32<parts>(from + row * line + k, n, part);
+        for (int j = 0; j < parts; j++) r[j][i] = part[j];
+      }
+      put_tiles<parts>(r, transposed, to + half * kTileElements / 2);
+    }
+  }
+}
+
+// The same from lines that are contiguous across (line stride 1): B's layout is pairs of k interleaved.
+template <int parts, typename From>
+void pack_across(const From* from, int64_t step, int64_t lines, int64_t K, bool transposed, bf16* to) {
+  for (int64_t k = 0; k < K; k += 32, to += parts * kTileElements) {
+    for (int half = 0; half < 2; half++) {
+      int n = static_cast<int>(std::clamp<int64_t>(lines - half * 16, 0, 16));
+      __m512i r[parts][16];
+      for (int i = 0; i < 16; i++) {
+        const int64_t even = k + 2 * i;
+        const From* source = from + even * step + half * 16;
+        __m512i low[parts] = {}, high[parts] = {};
+        if (even < K && n) load32<parts>(source, n, low);
+        if (even + 1 < K && n) load32<parts>(source + step, n, high);
+        for (int j = 0; j < parts; j++)
+          r[j][i] = interleave(_mm512_inserti64x4(low[j], _mm512_castsi512_si256(high[j]), 1));
+      }
+      put_tiles<parts>(r, transposed, to + half * kTileElements / 2);
+    }
+  }
+}
+
+template <int parts, bool is_b, typename From>
+void pack_tiles(const From* from, int64_t line, int64_t step, int64_t lines, int64_t K, bf16* to) {
+  if (step == 1) {
+    pack_lines<parts>(from, line, lines, K, is_b, to);
+  } else if (line == 1) {
+    pack_across<parts>(from, step, lines, K, !is_b, to);
+  } else {
+    From gathered[32 * 32];
+    for (int64_t k = 0; k < K; k += 32) {
+      int64_t n = std::min<int64_t>(32, K - k);
+      std::memset(static_cast<void*>(gathered), 0, sizeof(gathered));
+      for (int64_t i = 0; i < lines; i++)
+        for (int64_t j = 0; j < n; j++) gathered[i * 32 + j] = from[i * line + (k + j) * step];
+      pack_lines<parts>(gathered, 32, 32, 32, is_b, to);
+      to += parts * kTileElements;
+    }
+  }
+}
+
+#else
 
 // Panel [K][width] of lines that are contiguous along K; missing lines are zeros.
 template <int width, typename From>
@@ -257,129 +394,36 @@ void pack_panel(const From* from, int64_t line, int64_t step, int64_t lines, int
   }
 }
 
-#if defined(__AMX_BF16__)
-
-// 16 x 16 transposition of 4-byte elements.
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
-inline __m512i load32_bf16(const bf16* p, int n) {
-  __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
-  return _mm512_maskz_loadu_epi16(mask, p);
-}
-inline __m512i load32_bf16(const float* p, int n) {
-  __mmask16 low = n >= 16 ? 0xffff : (1u << n) - 1, high = n >= 32 ? 0xffff : n > 16 ? (1u << (n - 16)) - 1 : 0;
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, p + 16), _mm512_maskz_loadu_ps(low, p));
-}
-
-// A tile's 16 lines of 32 along K. Lines are contiguous along K (step 1): AMX's layout of A, and transposed that of B.
-template <typename From>
-void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool transposed, bf16* to) {
-  for (int64_t k = 0; k < K; k += 32) {
-    int n = static_cast<int>(std::min<int64_t>(32, K - k));
-    for (int half = 0; half < 2; half++, to += 512) {
-      __m512i r[16];
-      for (int i = 0; i < 16; i++) {
-        int64_t row = half * 16 + i;
-        r[i] = row < lines ? load32_bf16(from + row * line + k, n) : _mm512_setzero_si512();
-      }
-      if (transposed) transpose16(r);
-      for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
-    }
-  }
-}
-
-// The same from lines that are contiguous across (line stride 1): B's layout is pairs of k interleaved.
-template <typename From>
-void pack_across(const From* from, int64_t step, int64_t lines, int64_t K, bool transposed, bf16* to) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t k = 0; k < K; k += 32) {
-    for (int half = 0; half < 2; half++, to += 512) {
-      int n = static_cast<int>(std::clamp<int64_t>(lines - half * 16, 0, 16));
-      __m512i r[16];
-      for (int i = 0; i < 16; i++) {
-        const int64_t even = k + 2 * i;
-        const From* source = from + even * step + half * 16;
-        __m512i low = even < K && n ? load32_bf16(source, n) : _mm512_setzero_si512();
-        __m512i high = even + 1 < K && n ? load32_bf16(source + step, n) : _mm512_setzero_si512();
-        __m512i both = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-        r[i] = _mm512_permutexvar_epi16(interleave, both);
-      }
-      if (transposed) transpose16(r);
-      for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
-    }
-  }
-}
-
-template <bool is_b, typename From>
-void pack_tiles(const From* from, int64_t line, int64_t step, int64_t lines, int64_t K, bf16* to) {
-  if (step == 1) {
-    pack_lines(from, line, lines, K, is_b, to);
-  } else if (line == 1) {
-    pack_across(from, step, lines, K, !is_b, to);
-  } else {
-    alignas(64) bf16 gathered[32 * 32];
-    for (int64_t k = 0; k < K; k += 32) {
-      int64_t n = std::min<int64_t>(32, K - k);
-      std::memset(gathered, 0, sizeof(gathered));
-      for (int64_t i = 0; i < lines; i++)
-        for (int64_t j = 0; j < n; j++) put(gathered + i * 32 + j, from[i * line + (k + j) * step]);
-      pack_lines(gathered, 32, 32, 32, is_b, to);
-      to += 1024;
-    }
-  }
-}
-
 #endif
 
 template <typename From>
 void pack_a_from(const Packing& p, const From* from, const Operand& a, int64_t rows, int64_t K, void* packed) {
-  if (p.bf16) {
 #if defined(__AMX_BF16__)
-    pack_tiles<false>(from, a.row_stride, a.col_stride, rows, K, static_cast<bf16*>(packed));
+  auto pack = p.parts == 1 ? pack_tiles<1, false, From> : pack_tiles<3, false, From>;
+  pack(from, a.row_stride, a.col_stride, rows, K, static_cast<bf16*>(packed));
 #else
+  if (p.bf16) {
     pack_panel<kBf16Rows, kBf16K>(from, a.row_stride, a.col_stride, rows, K, p.padded_k(K),
                                   static_cast<Rounded*>(packed));
-#endif
   } else {
     pack_panel<kRows, 1>(from, a.row_stride, a.col_stride, rows, K, K, static_cast<float*>(packed));
   }
+#endif
 }
 
 template <typename From>
 void pack_b_from(const Packing& p, const From* from, const Operand& b, int64_t columns, int64_t K, void* packed) {
-  if (p.bf16) {
 #if defined(__AMX_BF16__)
-    pack_tiles<true>(from, b.col_stride, b.row_stride, columns, K, static_cast<bf16*>(packed));
+  auto pack = p.parts == 1 ? pack_tiles<1, true, From> : pack_tiles<3, true, From>;
+  pack(from, b.col_stride, b.row_stride, columns, K, static_cast<bf16*>(packed));
 #else
+  if (p.bf16) {
     pack_panel<kBf16Columns, kBf16K>(from, b.col_stride, b.row_stride, columns, K, p.padded_k(K),
                                      static_cast<Rounded*>(packed));
-#endif
   } else {
     pack_panel<kColumns, 1>(from, b.col_stride, b.row_stride, columns, K, K, static_cast<float*>(packed));
   }
+#endif
 }
 
 Operand part(const Operand& x, int64_t row, int64_t column) {
@@ -572,8 +616,13 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
 bool bf16_products() { return rounds_products; }
 
 Packing packing(bool bf16) {
-  return bf16 ? Packing{true, kBf16Rows, kBf16Columns, kBf16K, sizeof(Rounded)}
-              : Packing{false, kRows, kColumns, 1, sizeof(float)};
+#if defined(__AMX_BF16__)
+  const int parts = bf16 ? 1 : 3;
+  return {bf16, kTileSide, kTileSide, kTileSide, 2 * parts, parts};
+#else
+  return bf16 ? Packing{true, kBf16Rows, kBf16Columns, kBf16K, sizeof(Rounded), 0}
+              : Packing{false, kRows, kColumns, 1, sizeof(float), 0};
+#endif
 }
 
 void pack_a(const Packing& p, const Operand& a, int64_t rows, int64_t K, void* packed) {
@@ -592,17 +641,18 @@ void pack_b(const Packing& p, const Operand& b, int64_t columns, int64_t K, void
   }
 }
 
-void product([[maybe_unused]] const Packing& p, const void* a_packed, const void* b_packed, int64_t K, float* tile,
-             int64_t tile_stride, bool accumulate) {
+void product(const Packing& p, const void* a_packed, const void* b_packed, int64_t K, float* tile, int64_t tile_stride,
+             bool accumulate) {
+  [[maybe_unused]] const bf16 *a = static_cast<const bf16*>(a_packed), *b = static_cast<const bf16*>(b_packed);
+#if defined(__AMX_BF16__)
+  (p.parts == 1 ? product_tiles<1> : product_tiles<3>)(a, b, K, tile, tile_stride, accumulate);
+#else
 #if defined(__AVX512BF16__)
-  if (p.bf16) {
-    product_bf16(static_cast<const bf16*>(a_packed), static_cast<const bf16*>(b_packed), p.padded_k(K), tile,
-                 tile_stride, accumulate);
-    return;
-  }
+  if (p.bf16) return product_bf16(a, b, p.padded_k(K), tile, tile_stride, accumulate);
 #endif
   product_f32(static_cast<const float*>(a_packed), static_cast<const float*>(b_packed), K, tile, tile_stride,
               accumulate);
+#endif
 }
 
 void gemm(const Gemm& g) {

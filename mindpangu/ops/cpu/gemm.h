@@ -37,6 +37,7 @@ bool bf16_products();
 struct Packing {
   bool bf16;
   int block_m, block_n, block_k, element_bytes;
+  int parts;  // bfloat16 tiles of AMX per operand, 1 or 3; 0: the layout has no tiles
   int64_t padded_k(int64_t K) const { return (K + block_k - 1) / block_k * block_k; }
   // Bytes of one packed block of rows of A, or of columns of B.
   int64_t a_bytes(int64_t K) const { return padded_k(K) * block_m * element_bytes; }
