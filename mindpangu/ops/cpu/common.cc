@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <sys/mman.h>
+
 namespace pangu {
 
 namespace {
@@ -61,6 +63,7 @@ std::string shape_of(const Tensor& tensor) {
 }
 
 void* scratch(int slot, int64_t bytes) {
+  constexpr int64_t kLargePage = int64_t(2) << 20;
   struct Buffers {
     void* memory[kNumScratchSlots] = {};
     int64_t bytes[kNumScratchSlots] = {};
@@ -72,9 +75,13 @@ void* scratch(int slot, int64_t bytes) {
   if (buffers.bytes[slot] < bytes) {
     std::free(buffers.memory[slot]);
     buffers.bytes[slot] = 0;
-    int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffers.memory[slot] = std::aligned_alloc(4096, rounded);
+    // Large pages where the system has them.
+    const int64_t page = bytes < kLargePage ? 4096 : kLargePage, rounded = (bytes + page - 1) / page * page;
+    buffers.memory[slot] = std::aligned_alloc(page, rounded);
     if (buffers.memory[slot] == nullptr) throw Error("no memory for " + std::to_string(bytes) + " bytes of scratch.");
+#if defined(MADV_HUGEPAGE)
+    if (page == kLargePage) madvise(buffers.memory[slot], rounded, MADV_HUGEPAGE);
+#endif
     buffers.bytes[slot] = rounded;
   }
   return buffers.memory[slot];

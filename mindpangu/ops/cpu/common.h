@@ -77,6 +77,6 @@ extern thread_local int64_t num_entries;
 
 // Memory of this thread that stays allocated between calls, 64-byte aligned; one buffer per slot, contents undefined.
 void* scratch(int slot, int64_t bytes);
-enum ScratchSlot { kPackA, kPackB, kTile, kAttention, kSoftmax, kOther, kNumScratchSlots };
+enum ScratchSlot { kPackA, kPackB, kTile, kAttention, kSoftmax, kChunk, kOther, kNumScratchSlots };
 
 }  // namespace pangu

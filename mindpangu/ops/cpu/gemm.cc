@@ -23,7 +23,6 @@ namespace {
 
 bool rounds_products = false;
 
-constexpr int64_t kSumBlock = 512;  // K of a product whose blocks stay in the first-level cache
 constexpr int64_t kPackStrip = 32;  // a multiple of every block_k
 
 // ---- Products of one block ------------------------------------------------------------------------------------------
@@ -253,14 +252,6 @@ inline void transpose16(__m512i r[16]) {
   }
 }
 
-template <int parts>
-inline void put_tiles(__m512i r[parts][16], bool transposed, bf16* to) {
-  for (int j = 0; j < parts; j++) {
-    if (transposed) transpose16(r[j]);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(to + j * kTileElements + i * 32, r[j][i]);
-  }
-}
-
 // n elements, zeros behind them, as the sum of `parts` bfloat16 numbers each.
 template <int parts>
 inline void load32(const bf16* p, int n, __m512i to[parts]) {
@@ -274,22 +265,41 @@ inline void load32(const float* p, int n, __m512i to[parts]) {
   split<parts>((vf)_mm512_maskz_loadu_ps(low, p), (vf)_mm512_maskz_loadu_ps(high, p + 16), to);
 }
 
+inline void transpose_tile(bf16* tile) {
+  __m512i r[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile + i * 32);
+  transpose16(r);
+  for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * 32, r[i]);
+}
+
 // A tile's 16 lines of 32 along K. Lines are contiguous along K (step 1): AMX's layout of A, and transposed that of B.
 template <int parts, typename From>
 void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool transposed, bf16* to) {
   for (int64_t k = 0; k < K; k += 32, to += parts * kTileElements) {
-    int n = static_cast<int>(std::min<int64_t>(32, K - k));
-    for (int half = 0; half < 2; half++) {
-      __m512i r[parts][16];
-      for (int i = 0; i < 16; i++) {
-        int64_t row = half * 16 + i;
-        __m512i part[parts] = {};
-        if (row < lines) load32<parts>(from + row * line + k, n, part);
-        for (int j = 0; j < parts; j++) r[j][i] = part[j];
-      }
-      put_tiles<parts>(r, transposed, to + half * kTileElements / 2);
+    const int n = static_cast<int>(std::min<int64_t>(32, K - k));
+    for (int i = 0; i < kTileSide; i++) {
+      __m512i r[parts] = {};
+      if (i < lines) load32<parts>(from + i * line + k, n, r);
+      for (int j = 0; j < parts; j++) _mm512_store_si512(to + j * kTileElements + i * 32, r[j]);
     }
+    for (int j = 0; transposed && j < 2 * parts; j++) transpose_tile(to + j * kTileElements / 2);
   }
+}
+
+// 16 elements beside each other in rows k and k + 1 of which n, and `rows` (0 to 2), exist: first all of k, then of k + 1.
+template <int parts>
+inline void load_pair(const bf16* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
+  const __mmask16 mask = (1u << n) - 1;
+  const __m256i even = _mm256_maskz_loadu_epi16(rows > 0 ? mask : 0, p);
+  const __m256i odd = _mm256_maskz_loadu_epi16(rows > 1 ? mask : 0, p + step);
+  to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+  for (int i = 1; i < parts; i++) to[i] = _mm512_setzero_si512();
+}
+template <int parts>
+inline void load_pair(const float* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
+  const __mmask16 mask = (1u << n) - 1;
+  split<parts>((vf)_mm512_maskz_loadu_ps(rows > 0 ? mask : 0, p),
+               (vf)_mm512_maskz_loadu_ps(rows > 1 ? mask : 0, p + step), to);
 }
 
 // The same from lines that are contiguous across (line stride 1): B's layout is pairs of k interleaved.
@@ -297,18 +307,15 @@ template <int parts, typename From>
 void pack_across(const From* from, int64_t step, int64_t lines, int64_t K, bool transposed, bf16* to) {
   for (int64_t k = 0; k < K; k += 32, to += parts * kTileElements) {
     for (int half = 0; half < 2; half++) {
-      int n = static_cast<int>(std::clamp<int64_t>(lines - half * 16, 0, 16));
-      __m512i r[parts][16];
+      const int n = static_cast<int>(std::clamp<int64_t>(lines - half * 16, 0, 16));
+      bf16* place = to + half * kTileElements / 2;
       for (int i = 0; i < 16; i++) {
-        const int64_t even = k + 2 * i;
-        const From* source = from + even * step + half * 16;
-        __m512i low[parts] = {}, high[parts] = {};
-        if (even < K && n) load32<parts>(source, n, low);
-        if (even + 1 < K && n) load32<parts>(source + step, n, high);
-        for (int j = 0; j < parts; j++)
-          r[j][i] = interleave(_mm512_inserti64x4(low[j], _mm512_castsi512_si256(high[j]), 1));
+        __m512i r[parts];
+        load_pair<parts>(from + (k + 2 * i) * step + half * 16, step, K - k - 2 * i, n, r);
+        for (int j = 0; j < parts; j++) _mm512_store_si512(place + j * kTileElements + i * 32, interleave(r[j]));
       }
-      put_tiles<parts>(r, transposed, to + half * kTileElements / 2);
+      if (!transposed) continue;
+      for (int j = 0; j < parts; j++) transpose_tile(place + j * kTileElements);
     }
   }
 }
@@ -532,15 +539,21 @@ void write_tile(const Gemm& g, const float* tile, int64_t stride, int64_t row, i
   }
 }
 
+// K of one product. A block of A that deep stays in the first-level cache while blocks of B come from the second.
+int64_t sum_block(const Packing& p) { return p.parts == 3 ? 128 : p.parts == 1 ? 256 : 512; }
+constexpr int64_t kCached = int64_t(3) << 18;  // bytes of packed blocks that stay in the second-level cache
+constexpr int64_t kFewBlocks = 6;              // of them at least are meant to fit
+
 // C is one of several sums over slabs of K, each of which has its shared operand packed whole.
 void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
   const int64_t m_blocks = (g.M + p.block_m - 1) / p.block_m, n_blocks = (g.N + p.block_n - 1) / p.block_n;
-  const int64_t k_blocks = (g.K + kSumBlock - 1) / kSumBlock;
+  const int64_t sum_depth = sum_block(p), k_blocks = (g.K + sum_depth - 1) / sum_depth;
   // The smaller operand is packed once for all; each task packs its share of the larger one.
   const bool share_a = g.M <= g.N;
   const int64_t shared_blocks = share_a ? m_blocks : n_blocks, own_blocks = share_a ? n_blocks : m_blocks;
-  const int64_t shared_bytes = share_a ? p.a_bytes(kSumBlock) : p.b_bytes(kSumBlock);
-  const int64_t own_bytes = share_a ? p.b_bytes(kSumBlock) : p.a_bytes(kSumBlock);
+  const int64_t a_bytes = p.a_bytes(sum_depth), b_bytes = p.b_bytes(sum_depth);  // of one block, one step of K
+  const int64_t shared_bytes = share_a ? a_bytes : b_bytes, own_bytes = share_a ? b_bytes : a_bytes;
+  // Packed operands: [steps of K][blocks].
   char* shared = static_cast<char*>(scratch(kPackA, shared_blocks * k_blocks * shared_bytes));
 
   // Blocks [first, first + count) of A or B, `depth` of K from k on. Where an operand's lines lie beside each other, a
@@ -554,11 +567,11 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
         if (is_a) {
           const int64_t row = (first + i) * p.block_m;
           pack_a(p, part(g.a, row, k + at), std::min<int64_t>(p.block_m, g.M - row), strip_depth,
-                 to + i * p.a_bytes(kSumBlock) + p.a_bytes(at));
+                 to + i * a_bytes + p.a_bytes(at));
         } else {
           const int64_t column = (first + i) * p.block_n;
           pack_b(p, part(g.b, k + at, column), std::min<int64_t>(p.block_n, g.N - column), strip_depth,
-                 to + i * p.b_bytes(kSumBlock) + p.b_bytes(at));
+                 to + i * b_bytes + p.b_bytes(at));
         }
       }
     }
@@ -566,48 +579,43 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
   const int64_t portion = 16, portions = (shared_blocks + portion - 1) / portion;
   parallel_for(k_blocks * portions, [&](int64_t i) {
     const int64_t kb = i / portions, first = i % portions * portion;
-    pack(share_a, first, std::min(portion, shared_blocks - first), kb * kSumBlock,
-         std::min(kSumBlock, g.K - kb * kSumBlock), shared + (kb * shared_blocks + first) * shared_bytes);
+    pack(share_a, first, std::min(portion, shared_blocks - first), kb * sum_depth,
+         std::min(sum_depth, g.K - kb * sum_depth), shared + (kb * shared_blocks + first) * shared_bytes);
   });
 
-  // A group of own blocks is packed for one block of K, then met by every shared block of it.
+  // A task's own blocks are packed and meet all shared ones.
   const int64_t wanted = std::max<int64_t>(1, own_blocks / (3 * num_threads()));
-  const int64_t group = std::min<int64_t>(wanted, std::max<int64_t>(1, (1 << 19) / own_bytes));
+  const int64_t group = std::min<int64_t>(wanted, std::max<int64_t>(1, kCached / (k_blocks * own_bytes)));
   parallel_for((own_blocks + group - 1) / group, [&](int64_t task) {
     const int64_t first = task * group, count = std::min(group, own_blocks - first);
-    char* own = static_cast<char*>(scratch(kPackB, count * own_bytes));
-    // Where C is not read soon, tiles beside each other are gathered here, and C is written past the caches.
-    const int64_t panel = g.streams ? (share_a ? count : std::min<int64_t>(16, n_blocks)) : 1;
+    char* own = static_cast<char*>(scratch(kPackB, k_blocks * count * own_bytes));
+    for (int64_t kb = 0; kb < k_blocks; kb++)
+      pack(!share_a, first, count, kb * sum_depth, std::min(sum_depth, g.K - kb * sum_depth),
+           own + kb * count * own_bytes);
+    // A block of A meets a panel of blocks of B, whose sums stay in the cache until they are written in whole rows.
+    const char *as = share_a ? shared : own, *bs = share_a ? own : shared;
+    const int64_t all_a = share_a ? shared_blocks : count, all_b = share_a ? count : shared_blocks;
+    const int64_t panel = std::min(all_b, std::clamp<int64_t>(kCached / (k_blocks * b_bytes), 1, 16));
     const int64_t stride = panel * p.block_n;
     float* tiles = static_cast<float*>(scratch(kTile, p.block_m * stride * 4));
-    for (int64_t kb = 0; kb < k_blocks; kb++) {
-      const int64_t k = kb * kSumBlock, depth = std::min(kSumBlock, g.K - k);
-      const bool adds = add || kb > 0, ends = last && kb + 1 == k_blocks;
-      pack(!share_a, first, count, k, depth, own);
-      const char* shared_of_k = shared + kb * shared_blocks * shared_bytes;
-      auto multiply = [&](int64_t m, int64_t n, int64_t width, const char* a, const char* b, int64_t b_bytes) {
-        const int64_t row = m * p.block_m, column = n * p.block_n;
-        const int64_t rows = std::min<int64_t>(p.block_m, g.M - row);
-        const int64_t columns = std::min<int64_t>(width * p.block_n, g.N - column);
-        const bool in_place = !g.streams && rows == p.block_m && columns == p.block_n && g.c_dtype == DType::f32 &&
-                              !(ends && g.bias);
-        float* tile = in_place ? static_cast<float*>(g.c) + row * g.c_stride + column : tiles;
-        for (int64_t i = 0; i < width; i++)
-          product(p, a, b + i * b_bytes, depth, tile + i * p.block_n, in_place ? g.c_stride : stride, in_place && adds);
-        if (!in_place) write_tile(g, tiles, stride, row, column, rows, columns, adds, ends);
-      };
-      // A block of the shared operand (of a panel of them) meets all own blocks, which stay in the cache.
-      for (int64_t s = 0; s < shared_blocks; s += share_a ? 1 : panel) {
-        const char* block = shared_of_k + s * shared_bytes;
-        for (int64_t i = 0; i < count; i += share_a ? panel : 1) {
-          if (share_a) {
-            multiply(s, first + i, std::min(panel, count - i), block, own + i * own_bytes, own_bytes);
-          } else {
-            multiply(first + i, s, std::min(panel, shared_blocks - s), own + i * own_bytes, block, shared_bytes);
+    for (int64_t j = 0; j < all_b; j += panel)
+      for (int64_t i = 0; i < all_a; i++) {
+        const int64_t width = std::min(panel, all_b - j);
+        for (int64_t kb = 0; kb < k_blocks; kb++) {
+          const int64_t depth = std::min(sum_depth, g.K - kb * sum_depth);
+          // The next block of A comes while this one works: waiting for it took a third of the time.
+          const char* next = as + (kb + 1 < k_blocks ? (kb + 1) * all_a + i : std::min(i + 1, all_a - 1)) * a_bytes;
+          const int64_t ahead = a_bytes / width;
+          for (int64_t n = 0; n < width; n++) {
+            for (int64_t line = n * ahead; line < (n + 1) * ahead; line += 64) __builtin_prefetch(next + line, 0, 2);
+            product(p, as + (kb * all_a + i) * a_bytes, bs + (kb * all_b + j + n) * b_bytes, depth,
+                    tiles + n * p.block_n, stride, kb > 0);
           }
         }
+        const int64_t row = (share_a ? i : first + i) * p.block_m, column = (share_a ? first + j : j) * p.block_n;
+        write_tile(g, tiles, stride, row, column, std::min<int64_t>(p.block_m, g.M - row),
+                   std::min<int64_t>(width * p.block_n, g.N - column), add, last);
       }
-    }
   });
 }
 
@@ -674,10 +682,12 @@ void gemm(const Gemm& g) {
   }
   if (try_few_rows(whole)) return;
   const Packing p = packing(whole.bf16_products);
-  // A slab of K: as much as keeps the packed shared operand small. C in bfloat16 cannot carry sums from one to another.
-  const int64_t most = (int64_t(6) << 20) / (p.element_bytes * std::min(g.M, g.N));
-  const int64_t slab = std::max(kSumBlock, most / kSumBlock * kSumBlock);
-  if (g.c_dtype == DType::bf16 && g.K > kSumBlock) {
+  // A slab of K: as much as keeps the packed shared operand small, and some blocks of both in the second-level cache.
+  // C in bfloat16 cannot carry sums from one to another.
+  const int64_t most = std::min((int64_t(6) << 20) / (p.element_bytes * std::min(g.M, g.N)),
+                                kCached / (kFewBlocks * p.element_bytes * p.block_n));
+  const int64_t slab = std::max<int64_t>(1, most / sum_block(p)) * sum_block(p);
+  if (g.c_dtype == DType::bf16 && g.K > slab) {
     float* sums = static_cast<float*>(scratch(kOther, g.M * g.N * 4));
     Gemm wide = whole;
     wide.c = sums;

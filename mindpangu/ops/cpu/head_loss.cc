@@ -6,12 +6,9 @@
 // S supervised positions, D hidden, V vocabulary, C positions of a chunk, k teacher's tokens.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <type_traits>
 #include <vector>
-
-#include <sys/mman.h>
 
 #include "gemm.h"
 #include "loss.h"
@@ -26,25 +23,6 @@ namespace {
 constexpr int64_t kGroup = 256;
 constexpr int64_t kDepth = 512;                        // of D between additions to a group's logits
 constexpr int64_t kChunkBytes = int64_t(212) << 20;    // what a chunk of positions may take
-
-struct Freed {
-  void operator()(void* memory) const { std::free(memory); }
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], Freed>;
-
-// Contents undefined. Large pages where the system has them: a chunk's first touch is a third of the time otherwise.
-template <typename T>
-Buffer<T> allocate(int64_t count) {
-  constexpr int64_t page = int64_t(2) << 20;
-  const int64_t bytes = count * int64_t(sizeof(T)), alignment = bytes < page ? 64 : page;
-  void* memory = std::aligned_alloc(alignment, (bytes + alignment) / alignment * alignment);
-  if (memory == nullptr) throw Error("no memory for " + std::to_string(bytes) + " bytes of a chunk of logits.");
-#if defined(MADV_HUGEPAGE)
-  if (alignment == page) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-  return Buffer<T>(static_cast<T*>(memory));
-}
 
 struct Head {
   Tensor hidden, weight;   // [S, D], [V, D]
@@ -94,16 +72,8 @@ class Chunk {
         p_(packing(sizeof(E) == 2)), group_((kGroup + p_.block_m - 1) / p_.block_m * p_.block_m),
         num_groups_((V_ + group_ - 1) / group_), capacity_((capacity + p_.block_n - 1) / p_.block_n * p_.block_n),
         num_slots_(head.k + 1), has_gradients_(head.d_weight.exists()) {
-    hidden_ = allocate<E>(capacity_ * D_);
-    packed_hidden_ = allocate<char>(capacity_ / p_.block_n * p_.b_bytes(D_));
-    max_ = allocate<float>(num_groups_ * capacity_);
-    sum_ = allocate<float>(num_groups_ * capacity_);
-    picked_ = allocate<float>(capacity_ * num_slots_);
-    beaten_ = allocate<uint8_t>(capacity_);
-    if (has_gradients_) {
-      logits_ = allocate<E>(V_ * ((capacity + kLanes - 1) / kLanes * kLanes));
-      d_hidden_ = allocate<float>(capacity_ * D_);
-    }
+    const uintptr_t bytes = lay_out(0);
+    lay_out(reinterpret_cast<uintptr_t>(scratch(kChunk, bytes)));
   }
 
   // Bytes that a position of the chunk needs, about.
@@ -131,6 +101,25 @@ class Chunk {
   }
 
  private:
+  // Gives the arrays their places from `at` on; returns the end.
+  uintptr_t lay_out(uintptr_t at) {
+    auto place = [&](auto*& array, int64_t count) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at);
+      at += (count * sizeof(*array) + 63) / 64 * 64;
+    };
+    place(hidden_, capacity_ * D_);
+    place(packed_hidden_, capacity_ / p_.block_n * p_.b_bytes(D_));
+    place(max_, num_groups_ * capacity_);
+    place(sum_, num_groups_ * capacity_);
+    place(picked_, capacity_ * num_slots_);
+    place(beaten_, capacity_);
+    if (has_gradients_) {
+      place(logits_, V_ * capacity_);
+      place(d_hidden_, capacity_ * D_);
+    }
+    return at;
+  }
+
   void list_entries() {
     group_starts_.assign(num_groups_ + 1, 0);
     entries_.resize(C_ * num_slots_);
@@ -160,14 +149,14 @@ class Chunk {
       for (int64_t c = begin; c < end; c++) {
         const int64_t from = positions_[c] * D_;
         if (head_.hidden.dtype == DType::bf16) {
-          put_row(hidden_.get() + c * D_, head_.hidden.as<bf16>() + from, D_);
+          put_row(hidden_ + c * D_, head_.hidden.as<bf16>() + from, D_);
         } else {
-          put_row(hidden_.get() + c * D_, head_.hidden.as<float>() + from, D_);
+          put_row(hidden_ + c * D_, head_.hidden.as<float>() + from, D_);
         }
       }
-      char* packed = packed_hidden_.get() + block * p_.b_bytes(D_);
+      char* packed = packed_hidden_ + block * p_.b_bytes(D_);
       for (int64_t k = 0; k < D_; k += kDepth, packed += depth_bytes)
-        pack_b(p_, {hidden_.get() + begin * D_ + k, dtype(), 1, D_}, end - begin, std::min(kDepth, D_ - k), packed);
+        pack_b(p_, {hidden_ + begin * D_ + k, dtype(), 1, D_}, end - begin, std::min(kDepth, D_ - k), packed);
     });
   }
 
@@ -191,7 +180,7 @@ class Chunk {
     const Entry* entry = entries_.data() + group_starts_[group];
     const Entry* const last_entry = entries_.data() + group_starts_[group + 1];
     for (int64_t begin = 0; begin < C_; begin += width) {
-      const char* hidden = packed_hidden_.get() + begin / width * p_.b_bytes(D_);
+      const char* hidden = packed_hidden_ + begin / width * p_.b_bytes(D_);
       for (int64_t k = 0; k < D_; k += kDepth) {
         const int64_t depth = std::min(kDepth, D_ - k);
         const char* slab = weight + k / kDepth * blocks * depth_bytes;
@@ -232,7 +221,7 @@ class Chunk {
     vf max = splat(-3e38f), sum = vf{};  // finite: -inf minus it is -inf
     for (int64_t t = 0; t < tokens; t++) max = vmax(load(tile + t * width), max);
     if (has_gradients_) {
-      E* out = logits_.get() + logits_at;
+      E* out = logits_ + logits_at;
       for (int64_t t = 0; t < tokens; t++) {
         vf e = vexp(load(tile + t * width) - max);
         sum += e;
@@ -241,8 +230,8 @@ class Chunk {
     } else {
       for (int64_t t = 0; t < tokens; t++) sum += vexp(load(tile + t * width) - max);
     }
-    store(max_.get() + at, max);
-    store(sum_.get() + at, sum);
+    store(max_ + at, max);
+    store(sum_ + at, sum);
   }
 
   // Losses; picked_ becomes the entries' gradients and max_ what the group's exponentials are multiplied by.
@@ -252,11 +241,11 @@ class Chunk {
     parallel_for(width_ / kLanes, [&](int64_t block) {
       const int64_t begin = block * kLanes;
       vf top = splat(-3e38f);
-      for (int64_t g = 0; g < num_groups_; g++) top = vmax(load(max_.get() + g * width_ + begin), top);
+      for (int64_t g = 0; g < num_groups_; g++) top = vmax(load(max_ + g * width_ + begin), top);
       double total[kLanes] = {};
       for (int64_t g = 0; g < num_groups_; g++) {
         float part[kLanes];
-        store(part, load(sum_.get() + g * width_ + begin) * vexp(load(max_.get() + g * width_ + begin) - top));
+        store(part, load(sum_ + g * width_ + begin) * vexp(load(max_ + g * width_ + begin) - top));
         for (int i = 0; i < kLanes; i++) total[i] += part[i];
       }
       float scale[kLanes] = {};
@@ -270,7 +259,7 @@ class Chunk {
       if (!has_gradients_) return;
       const vf factor = load(scale);
       for (int64_t g = 0; g < num_groups_; g++) {
-        float* max = max_.get() + g * width_ + begin;
+        float* max = max_ + g * width_ + begin;
         store(max, vexp(load(max) - top) * factor);
       }
     });
@@ -286,7 +275,7 @@ class Chunk {
 
   // Whether the teacher's first token has the student's largest logit; the first of equals counts.
   bool is_largest(int64_t c) const {
-    const float* picked = picked_.get() + c * num_slots_;
+    const float* picked = picked_ + c * num_slots_;
     const int32_t* ids = head_.teacher_ids + positions_[c] * head_.k;
     if (beaten_[c]) return false;
     for (int i = 1; i < head_.k; i++)
@@ -302,7 +291,7 @@ class Chunk {
   PositionLoss finish_position(int64_t c, double rest_lse) {
     const int64_t at = positions_[c];
     const double weight = head_.weights[at];
-    float* picked = picked_.get() + c * num_slots_;
+    float* picked = picked_ + c * num_slots_;
     Position position{head_.k, head_.teacher_logprobs + at * head_.k, picked, picked[head_.k], -1, rest_lse,
                       head_.k < V_, weight * head_.ce_factor, weight * head_.kl_factor};
     for (int i = 0; i < head_.k; i++)
@@ -315,9 +304,9 @@ class Chunk {
 
   void finish_gradient(int64_t group) {
     const int64_t first = group * group_, tokens = std::min(group_, V_ - first);
-    const float* scale = max_.get() + group * width_;
+    const float* scale = max_ + group * width_;
     for (int64_t t = first; t < first + tokens; t++) {
-      E* row = logits_.get() + t * width_;
+      E* row = logits_ + t * width_;
       for (int64_t c = 0; c < width_; c += kLanes) store(row + c, load(row + c) * load(scale + c));
     }
     // The label comes last among a position's slots of a token: its gradient holds the whole.
@@ -332,8 +321,8 @@ class Chunk {
     g.M = V_;
     g.N = D_;
     g.K = C_;
-    g.a = {logits_.get(), dtype(), width_, 1};
-    g.b = {hidden_.get(), dtype(), D_, 1};
+    g.a = {logits_, dtype(), width_, 1};
+    g.b = {hidden_, dtype(), D_, 1};
     g.c = head_.d_weight.data;
     g.c_dtype = DType::f32;
     g.c_stride = D_;
@@ -343,9 +332,9 @@ class Chunk {
     gemm(g);
     g.M = C_;
     g.K = V_;
-    g.a = {logits_.get(), dtype(), 1, width_};
+    g.a = {logits_, dtype(), 1, width_};
     g.b = {head_.weight.data, head_.weight.dtype, D_, 1};
-    g.c = d_hidden_.get();
+    g.c = d_hidden_;
     g.accumulate = g.streams = false;
     gemm(g);
   }
@@ -354,9 +343,9 @@ class Chunk {
     for (int64_t c = 0; c < C_; c++) {
       const int64_t to = positions_[c] * D_;
       if (head_.d_hidden.dtype == DType::bf16) {
-        put_row(head_.d_hidden.as<bf16>() + to, d_hidden_.get() + c * D_, D_);
+        put_row(head_.d_hidden.as<bf16>() + to, d_hidden_ + c * D_, D_);
       } else {
-        put_row(head_.d_hidden.as<float>() + to, d_hidden_.get() + c * D_, D_);
+        put_row(head_.d_hidden.as<float>() + to, d_hidden_ + c * D_, D_);
       }
     }
   }
@@ -371,12 +360,13 @@ class Chunk {
   const bool has_gradients_;
   const int64_t* positions_ = nullptr;
   int64_t C_ = 0, width_ = 0;  // positions, and the same up to whole vectors
-  Buffer<E> hidden_, logits_;  // [C, D]; [V, width]: exponentials, then gradients
-  Buffer<char> packed_hidden_;
-  Buffer<float> max_, sum_;    // [groups, width]
-  Buffer<float> picked_;       // [C, k + 1]
-  Buffer<float> d_hidden_;     // [C, D]
-  Buffer<uint8_t> beaten_;     // [C]: a token of the same group is larger than the teacher's first
+  // In memory that the thread keeps: touching new pages took a tenth of a small model's step.
+  E *hidden_, *logits_;  // [C, D]; [V, width]: exponentials, then gradients
+  char* packed_hidden_;
+  float *max_, *sum_;    // [groups, width]
+  float* picked_;       // [C, k + 1]
+  float* d_hidden_;     // [C, D]
+  uint8_t* beaten_;     // [C]: a token of the same group is larger than the teacher's first
   std::vector<Entry> entries_;
   std::vector<int64_t> group_starts_;
 };

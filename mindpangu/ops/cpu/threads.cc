@@ -1,9 +1,11 @@
-// One pool for all kernels. Workers sleep while there is nothing to do: a spinning team takes the core that the caller,
-// or another process, needs.
+// One pool for all kernels. Who waits looks for work for a tenth of a millisecond, giving the core to whoever wants it,
+// and then sleeps: to be woken takes 50 us, as long as many a kernel, but a team that spins takes the core that the
+// caller, or another process, needs.
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -19,6 +21,22 @@ thread_local int64_t num_entries = 0;
 namespace {
 
 thread_local bool inside_task = false;
+
+// Whether the condition came true within the time that waiting awake is worth.
+template <typename Condition>
+bool wait_awake(Condition condition) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+  do {
+    for (int i = 0; i < 16; i++) {
+      if (condition()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    sched_yield();
+  } while (std::chrono::steady_clock::now() < until);
+  return condition();
+}
 
 class Pool {
  public:
@@ -43,6 +61,7 @@ class Pool {
       for (int64_t i = 0; i < count; i++) body(i);
       return;
     }
+    int helpers;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = &body;
@@ -51,12 +70,16 @@ class Pool {
       error_ = nullptr;
       open_ = true;
       generation_++;
+      helpers = std::min(static_cast<int>(std::min<int64_t>(count - 1, workers_.size())), asleep_);
     }
-    int helpers = static_cast<int>(std::min<int64_t>(count - 1, workers_.size()));
     for (int i = 0; i < helpers; i++) wake_.notify_one();
     take_tasks();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      open_ = false;  // who wakes up only now has nothing left to do
+    }
+    wait_awake([this] { return active_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    open_ = false;  // who wakes up only now has nothing left to do
     done_.wait(lock, [this] { return active_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
@@ -78,9 +101,17 @@ class Pool {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      wake_.wait(lock, [&] { return stopping_ || (open_ && generation_ != seen); });
+      lock.unlock();
+      const bool came = wait_awake([&] { return generation_ != seen; });
+      lock.lock();
+      if (!came) {
+        asleep_++;
+        wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
+        asleep_--;
+      }
       if (stopping_) return;
       seen = generation_;
+      if (!open_) continue;
       active_++;
       lock.unlock();
       take_tasks();
@@ -95,8 +126,9 @@ class Pool {
   std::atomic<int64_t> next_{0};
   const std::function<void(int64_t)>* body_ = nullptr;
   int64_t count_ = 0;
-  uint64_t generation_ = 0;
-  int active_ = 0;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> active_{0};  // workers at tasks
+  int asleep_ = 0;
   bool open_ = false, stopping_ = false;
   std::exception_ptr error_;
 };
