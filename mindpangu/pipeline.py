@@ -388,10 +388,11 @@ def _pack(plan, samples, seed):
 # ---- Models and validation -------------------------------------------------------------------------------------------
 
 def _load(plan, folder):
-    """A model with a folder's weights."""
+    """A model with a folder's weights, not to be trained."""
     from .model.weights import load_model
 
-    return load_model(folder, activation_dtype(plan.recipe.run))
+    run = plan.recipe.run
+    return load_model(folder, activation_dtype(run), frozen_dtype="bfloat16" if run.precision == "bfloat16" else None)
 
 
 def _student(plan):

@@ -25,6 +25,8 @@ BENCHMARKS = {
     "attention": ("bench_attention", "bench_attention"),
     "cached_attention": ("bench_attention", "bench_cached_attention"),
     "adamw": ("bench_training", "bench_adamw"),
+    "decoding": ("bench_decoding", "bench_decoding"),
+    "openpangu_1b": ("bench_decoding", "bench_openpangu_1b"),
     "linear": ("bench_primitives", "bench_linear"),
     "primitives": ("bench_primitives", "bench_primitives"),
     "embedding": ("bench_primitives", "bench_embedding"),

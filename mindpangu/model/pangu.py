@@ -9,6 +9,7 @@ C padded document count + 1, S cache length. Source: openPangu Embedded-1B techn
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.np_dtype import bfloat16
 
 from ..ops.attention import attention, cached_attention
 from ..ops.linear import linear
@@ -83,31 +84,40 @@ class Pangu(nn.Cell):
 
     config: mindpangu.config.ModelConfig; seed: of the initial weights (normal, config.init_std; biases 0, norms 1);
     dtype: of the activations, weights stay float32; zero_weights skips the random numbers when weights are loaded next.
+    frozen_dtype: ms.bfloat16 stores the matrices in it, for a model that is not trained: half the memory, and half to
+    read for every token.
     """
 
-    def __init__(self, config, seed=0, dtype=ms.float32, zero_weights=False):
+    def __init__(self, config, seed=0, dtype=ms.float32, zero_weights=False, frozen_dtype=None):
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.eps = config.rms_norm_eps
         random = np.random.Generator(np.random.Philox(seed))
 
+        stored = bfloat16 if frozen_dtype == ms.bfloat16 else np.float32
+
         def init(rows, columns):
             if zero_weights:
-                return np.zeros((rows, columns), np.float32)
+                return np.zeros((rows, columns), stored)
             weight = random.standard_normal((rows, columns), dtype=np.float32)
-            return np.multiply(weight, np.float32(config.init_std), out=weight)
+            return np.multiply(weight, np.float32(config.init_std), out=weight).astype(stored, copy=False)
 
         self.embedding = _parameter(init(config.vocab_size, config.hidden_size))
         self.layers = nn.CellList([Layer(config, init) for _ in range(config.num_layers)])
         self.norm = _parameter(np.ones(config.hidden_size, np.float32))
         self.lm_head = None if config.tie_embedding else _parameter(init(config.vocab_size, config.hidden_size))
         self.inverse_frequencies = Tensor(inverse_frequencies(config.head_dim, config.rope_theta))
+        if frozen_dtype is not None:
+            for parameter in self.get_parameters():
+                parameter.requires_grad = False
 
     def head_weight(self):
         """The output projection [V, D], in the activations' dtype."""
-        weight = self.embedding if self.lm_head is None else self.lm_head
-        return ops.cast(weight, self.dtype)
+        return ops.cast(self._stored_head_weight(), self.dtype)
+
+    def _stored_head_weight(self):
+        return self.embedding if self.lm_head is None else self.lm_head
 
     def embed(self, tokens_T):
         return ops.cast(ops.gather(self.embedding, tokens_T, 0), self.dtype)
@@ -143,4 +153,4 @@ class Pangu(nn.Cell):
         return self.logits(self.final_norm(h))
 
     def logits(self, hidden_TD):
-        return linear(hidden_TD, self.head_weight())
+        return linear(hidden_TD, self._stored_head_weight())

@@ -151,7 +151,9 @@ def load_weights(model, folder):
     A tied folder may hold lm_head.weight too, if it equals the embedding. Raises one ValueError that lists everything
     that is missing, unknown, wrongly shaped or at odds with model.config; the model is then as it was.
     """
+    import mindspore as ms
     from mindspore import Tensor, ops
+    from mindspore.common.np_dtype import bfloat16
 
     config = model.config
     folder = Path(folder)
@@ -182,20 +184,28 @@ def load_weights(model, folder):
         raise ValueError("\n  ".join([f"{folder} does not hold the weights of this model:", *problems]))
 
     for path, parameter in model.parameters_and_names():
-        array = np.empty(parameter.shape, np.float32)
+        is_float32 = parameter.dtype == ms.float32
+        array = np.empty(parameter.shape, np.float32 if is_float32 else bfloat16)
         row = 0
         for name, shape in names[path]:
-            _read_tensor(stored[name], array[row:row + shape[0]])
+            read = _read_tensor if is_float32 else _read_rounded
+            read(stored[name], array[row:row + shape[0]])
             row += shape[0]
-        # Assigned in place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
-        ops.assign(parameter, Tensor.from_numpy(array))
+        if is_float32:
+            # In place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
+            ops.assign(parameter, Tensor.from_numpy(array))
+        else:  # MindSpore's CPU backend assigns no bfloat16; no second copy is made
+            parameter.set_data(Tensor.from_numpy(array))
 
 
-def load_model(folder, dtype="float32"):
-    """A Pangu with a folder's configuration and weights; dtype: of its activations, a key of pangu.DTYPES."""
+def load_model(folder, dtype="float32", frozen_dtype=None):
+    """A Pangu with a folder's configuration and weights.
+
+    dtype: of its activations; frozen_dtype: of its matrices, see Pangu. Both are keys of pangu.DTYPES.
+    """
     from .pangu import DTYPES, Pangu
 
-    model = Pangu(read_config(folder), dtype=DTYPES[dtype], zero_weights=True)
+    model = Pangu(read_config(folder), dtype=DTYPES[dtype], zero_weights=True, frozen_dtype=DTYPES.get(frozen_dtype))
     load_weights(model, folder)
     return model
 
@@ -303,6 +313,18 @@ def _read_tensor(tensor, out):
         bits <<= 16  # two passes: a shift that converts too takes several times as long
     else:
         out[...] = _map(tensor)
+
+
+def _read_rounded(tensor, out):
+    """Decode a stored tensor into the bfloat16 array `out` of the same shape."""
+    bits, stored = out.view(np.uint16), _map(tensor)
+    if tensor.dtype == "BF16":
+        bits[...] = stored
+        return
+    rows_per_block = max(1, _BLOCK // math.prod(out.shape[1:]))
+    for row in range(0, out.shape[0], rows_per_block):
+        rows = stored[row:row + rows_per_block].astype(np.float32)
+        bits[row:row + rows_per_block] = _bfloat16_bits(rows)
 
 
 def _are_equal(a, b):

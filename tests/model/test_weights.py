@@ -306,3 +306,20 @@ def test_one_error_lists_every_missing_key(tmp_path):
     (tmp_path / "config.json").write_text("<html>")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_frozen_model_in_bfloat16_computes_with_the_rounded_weights(folder, stored, tmp_path):
+    config, path = folder
+    save_weights(load_model(path), tmp_path, stored)
+    frozen, rounded = load_model(tmp_path, frozen_dtype="bfloat16"), load_model(tmp_path)
+    for parameter in rounded.get_parameters():
+        if parameter.ndim == 2:
+            ms.ops.assign(parameter, parameter.astype(ms.bfloat16).astype(ms.float32))
+    tokens = Tensor(np.arange(1, 9, dtype=np.int32))
+    positions, ends = Tensor(np.arange(8, dtype=np.int32)), Tensor(np.array([0, 5, 8]))
+    assert not frozen.trainable_params()
+    assert {parameter.dtype for parameter in frozen.get_parameters()} == {ms.float32, ms.bfloat16}
+    logits, expected = (model.logits(model(tokens, positions, ends, 8)).asnumpy() for model in (frozen, rounded))
+    # Where a weight is bfloat16, products round the activations too.
+    np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())

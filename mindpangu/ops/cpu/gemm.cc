@@ -441,43 +441,53 @@ Operand part(const Operand& x, int64_t row, int64_t column) {
 // ---- Few rows: bound by reading B once ------------------------------------------------------------------------------
 
 constexpr int kFewRows = 8;
+// Bytes of B that are asked for ahead of their use: what the processor foresees alone leaves a third of the bandwidth.
+constexpr int64_t kAhead = 4096;
 
-// C[m, n] = sum over k of A[m, k] B[n, k]; both contiguous along K. rounds: B's elements to bfloat16.
-template <typename Weight, bool rounds>
+// sums[m] of M rows of A with one of B, both contiguous. rounds: B's elements to bfloat16.
+template <int M, bool rounds, typename Weight>
+inline void dot_rows(const float* a, int64_t K, const Weight* row, float* sums) {
+  vf sum[M][2] = {};
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+    for (int64_t i = 0; i < 2 * kLanes; i += 64 / int64_t(sizeof(Weight)))
+      __builtin_prefetch(row + k + i + kAhead / int64_t(sizeof(Weight)));
+    vf low = load(row + k), high = load(row + k + kLanes);
+    if (rounds) low = round_to_bf16(low), high = round_to_bf16(high);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      sum[m][0] += low * load(a + m * K + k);
+      sum[m][1] += high * load(a + m * K + k + kLanes);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    sums[m] = reduce_sum(sum[m][0] + sum[m][1]);
+    for (int64_t i = k; i < K; i++) {
+      float weight;
+      put(&weight, row[i]);
+      if (rounds) weight = to_float(to_bf16(weight));
+      sums[m] += weight * a[m * K + i];
+    }
+  }
+}
+
+// C[m, n] = sum over k of A[m, k] B[n, k]; both contiguous along K. A has M rows, of which g.M exist.
+template <int M, bool rounds, typename Weight>
 void few_rows(const Gemm& g, const float* a) {
   const Weight* b = static_cast<const Weight*>(g.b.data);
   const int64_t grain = std::max<int64_t>(8, (1 << 16) / (g.K * int64_t(sizeof(Weight)) + 1));
   parallel_blocks(g.N, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
-      const Weight* row = b + n * g.b.col_stride;
-      for (int64_t m0 = 0; m0 < g.M; m0 += 4) {
-        int count = static_cast<int>(std::min<int64_t>(4, g.M - m0));
-        vf sum[4][2] = {};
-        int64_t k = 0;
-        for (; k + 2 * kLanes <= g.K; k += 2 * kLanes) {
-          vf low = load(row + k), high = load(row + k + kLanes);
-          if (rounds) low = round_to_bf16(low), high = round_to_bf16(high);
-          for (int m = 0; m < count; m++) {
-            sum[m][0] += low * load(a + (m0 + m) * g.K + k);
-            sum[m][1] += high * load(a + (m0 + m) * g.K + k + kLanes);
-          }
-        }
-        for (int m = 0; m < count; m++) {
-          float total = reduce_sum(sum[m][0] + sum[m][1]);
-          for (int64_t i = k; i < g.K; i++) {
-            float weight;
-            put(&weight, row[i]);
-            if (rounds) weight = to_float(to_bf16(weight));
-            total += weight * a[(m0 + m) * g.K + i];
-          }
-          if (g.bias) total += g.bias[n];
-          int64_t place = (m0 + m) * g.c_stride + n;
-          if (g.c_dtype == DType::bf16) {
-            static_cast<bf16*>(g.c)[place] = to_bf16(total);
-          } else {
-            float* c = static_cast<float*>(g.c) + place;
-            *c = g.accumulate ? *c + total : total;
-          }
+      float sums[M];
+      dot_rows<M, rounds>(a, g.K, b + n * g.b.col_stride, sums);
+      for (int64_t m = 0; m < g.M; m++) {
+        const float total = sums[m] + (g.bias ? g.bias[n] : 0);
+        const int64_t place = m * g.c_stride + n;
+        if (g.c_dtype == DType::bf16) {
+          static_cast<bf16*>(g.c)[place] = to_bf16(total);
+        } else {
+          float* c = static_cast<float*>(g.c) + place;
+          *c = g.accumulate ? *c + total : total;
         }
       }
     }
@@ -486,7 +496,9 @@ void few_rows(const Gemm& g, const float* a) {
 
 bool try_few_rows(const Gemm& g) {
   if (g.M > kFewRows || g.b.row_stride != 1 || g.K < kLanes) return false;
-  float* a = static_cast<float*>(scratch(kOther, g.M * g.K * 4));
+  const int rows = g.M <= 1 ? 1 : g.M <= 4 ? 4 : kFewRows;
+  float* a = static_cast<float*>(scratch(kOther, rows * g.K * 4));
+  std::memset(a + g.M * g.K, 0, (rows - g.M) * g.K * 4);
   for (int64_t m = 0; m < g.M; m++)
     for (int64_t k = 0; k < g.K; k++) {
       int64_t place = m * g.a.row_stride + k * g.a.col_stride;
@@ -497,12 +509,15 @@ bool try_few_rows(const Gemm& g) {
         a[m * g.K + k] = g.bf16_products ? to_float(to_bf16(x)) : x;
       }
     }
+  auto run = [&](auto multiply_1, auto multiply_4, auto multiply_8) {
+    rows == 1 ? multiply_1(g, a) : rows == 4 ? multiply_4(g, a) : multiply_8(g, a);
+  };
   if (g.b.dtype == DType::bf16) {
-    few_rows<bf16, false>(g, a);
+    run(few_rows<1, false, bf16>, few_rows<4, false, bf16>, few_rows<8, false, bf16>);
   } else if (g.bf16_products) {
-    few_rows<float, true>(g, a);
+    run(few_rows<1, true, float>, few_rows<4, true, float>, few_rows<8, true, float>);
   } else {
-    few_rows<float, false>(g, a);
+    run(few_rows<1, false, float>, few_rows<4, false, float>, few_rows<8, false, float>);
   }
   return true;
 }

@@ -111,11 +111,23 @@ inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 // Sums and maxima over the lanes, always in the same order.
 inline float reduce_sum(vf x) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)x;
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)x;
+#endif
+#if defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
   return lanes[0];
+#endif
 }
 inline float reduce_max(vf x) {
   float lanes[kLanes];
