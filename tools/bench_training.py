@@ -36,7 +36,7 @@ def bench_training():
 def bench_adamw():
     """100 million parameters in tensors of 4M: 7 arrays of 4 bytes pass through memory; a copy moves two."""
     import torch
-    from mindspore import Parameter, Tensor
+    from mindspore import Parameter, Tensor, jit
 
     from mindpangu.ops.adamw import adamw
 
@@ -50,8 +50,12 @@ def bench_adamw():
         parameter.grad = parameter.detach().clone()
     optimizer = torch.optim.AdamW(theirs, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
+    @jit
+    def update(hyperparameters, scale, decays):
+        return adamw(*ours, scale, hyperparameters, decays)
+
     def step():
-        adamw(*ours, settings[1], settings[0], settings[2]).asnumpy()
+        update(*settings).asnumpy()
 
     step(), optimizer.step()
     seconds = alternate(step, optimizer.step, 9)
