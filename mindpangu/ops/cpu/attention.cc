@@ -14,8 +14,8 @@ namespace {
 enum Layout { kBSH, kBNSD, kSBH, kBSND, kTND };  // MindSpore's numbers
 
 constexpr int64_t kAll = int64_t(1) << 40;
-// A row that has seen nothing; finite, so that differences never are inf - inf.
-constexpr float kNothing = -3e38f;
+// A row that has seen nothing; finite in base 2 too, so that differences never are inf - inf.
+constexpr float kNothing = -2e38f;
 
 std::vector<int64_t> read_ends(const Call& call, int input, const char* name, int64_t num_tokens) {
   const Tensor ends = call[input];
@@ -220,7 +220,8 @@ namespace {
 // Keys of one running-softmax step: scores and probabilities of block_n queries stay in the first-level cache.
 int64_t keys_per_step(const Packing& p) { return round_up(p.parts > 0 ? 128 : 96, p.block_m); }
 constexpr int64_t kStepsPerSweep = 4;  // what all queries of a task meet before the next keys come
-constexpr int64_t kQueriesPerTask = 128;
+// Queries of a task: of a document whose keys exceed the second-level cache more of them share what is read.
+int64_t queries_per_task(const Document& d) { return d.num_keys > 4096 ? 512 : 128; }
 constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of keys and values at a time, or one head of one document
 
 // One head's keys and values of one document, packed as left operands: K [keys, H] and V^T [H, keys of a step].
@@ -239,6 +240,7 @@ struct Forward {
   const Packing& p = a.packing;
   const int64_t bm = p.block_m, bn = p.block_n, step = keys_per_step(p);
   const int64_t h_blocks = (a.head_dim + bm - 1) / bm;
+  const int64_t score_bytes = round_up(4 * step * bn + p.b_bytes(step), 64);  // scores and weights of a step
   const int64_t k_step_bytes = step / bm * p.a_bytes(a.head_dim), v_step_bytes = h_blocks * p.a_bytes(step);
 
   int64_t num_steps(const Document& d) const { return (d.num_keys + step - 1) / step; }
@@ -258,87 +260,80 @@ struct Forward {
     }
   }
 
+  // bn queries of one head at work.
+  struct Block {
+    int64_t head, query, queries;
+    char* q;                     // packed
+    float *tops, *totals, *sums;  // [bn] maxima and sums of exponentials so far, [H][bn] sums of values
+  };
+
   // Queries [from, to) of all heads that share x's keys.
   void attend(const PackedHead& x, int64_t from, int64_t to) const {
     const Document& d = *x.document;
-    const int64_t blocks = (to - from + bn - 1) / bn, num = blocks * a.group;
-    const int64_t q_bytes = p.b_bytes(a.head_dim), out_floats = h_blocks * bm * bn;
-    const int64_t p_bytes = p.b_bytes(step);
+    const int64_t num = (to - from + bn - 1) / bn * a.group;
+    const int64_t q_bytes = round_up(p.b_bytes(a.head_dim), 64), out_floats = h_blocks * bm * bn;
     char* memory = static_cast<char*>(
-        scratch(kSoftmax, num * (q_bytes + 4 * (out_floats + 2 * bn)) + 4 * step * bn + p_bytes + 64));
-    char* q_packed = memory;
-    float* sums_of_v = reinterpret_cast<float*>(q_packed + round_up(num * q_bytes, 64));
-    float* scores = sums_of_v + num * out_floats;
-    char* weights = reinterpret_cast<char*>(scores + step * bn);
-    float* tops = reinterpret_cast<float*>(weights + p_bytes);
-    float* totals = tops + num * bn;
+        scratch(kSoftmax, num * (q_bytes + 4 * (out_floats + 2 * bn)) + score_bytes));
+    float* const scores = reinterpret_cast<float*>(memory);
+    memory += score_bytes;
+    std::vector<Block> blocks(num);
     for (int64_t i = 0; i < num; i++) {
-      const int64_t head = x.head * a.group + i / blocks, query = from + i % blocks * bn;
-      Operand columns{element(q, a.dtype, d.q_offset + head * a.q_head + query * a.q_token), a.dtype, 1, a.q_token};
-      pack_b(p, columns, std::min(bn, to - query), a.head_dim, q_packed + i * q_bytes);
+      Block& block = blocks[i];
+      block.head = x.head * a.group + i % a.group;
+      block.query = from + i / a.group * bn;
+      block.queries = std::min(bn, to - block.query);
+      block.q = memory;
+      block.sums = reinterpret_cast<float*>(memory + q_bytes);
+      block.tops = block.sums + out_floats;
+      block.totals = block.tops + bn;
+      memory += q_bytes + 4 * (out_floats + 2 * bn);
+      const int64_t place = d.q_offset + block.head * a.q_head + block.query * a.q_token;
+      pack_b(p, {element(q, a.dtype, place), a.dtype, 1, a.q_token}, block.queries, a.head_dim, block.q);
+      std::fill_n(block.tops, bn, kNothing);
+      std::fill_n(block.totals, bn, 0.0f);
+      std::fill_n(block.sums, out_floats, 0.0f);
     }
-    for (int64_t i = 0; i < num * bn; i++) {
-      tops[i] = kNothing;
-      totals[i] = 0;
-    }
-    std::memset(sums_of_v, 0, num * out_floats * 4);
 
     const int64_t sweep = kStepsPerSweep * step;
     for (int64_t begin = d.begin_of(from) / step * step; begin < d.end_of(to); begin += sweep)
-      for (int64_t i = 0; i < num; i++) {
-        const int64_t head = x.head * a.group + i / blocks, query = from + i % blocks * bn;
-        const int64_t queries = std::min(bn, to - query);
-        const int64_t end = std::min(begin + sweep, d.end_of(query + queries));
-        for (int64_t key = begin; key < end; key += step) {
-          const int64_t keys = std::min(step, end - key);
-          if (key + keys <= d.begin_of(query)) continue;
-          add_step(x, head, query, queries, key, keys, q_packed + i * q_bytes, scores, weights, tops + i * bn,
-                   totals + i * bn, sums_of_v + i * out_floats);
-        }
+      for (const Block& block : blocks) {
+        const int64_t end = std::min(begin + sweep, d.end_of(block.query + block.queries));
+        for (int64_t key = begin; key < end; key += step)
+          if (std::min(key + step, end) > d.begin_of(block.query)) add_step(x, block, key, std::min(step, end - key), scores);
       }
 
-    for (int64_t i = 0; i < num; i++) {
-      const int64_t head = x.head * a.group + i / blocks, query = from + i % blocks * bn;
-      const int64_t queries = std::min(bn, to - query);
+    for (const Block& block : blocks) {
       float factors[64] = {};
-      for (int64_t j = 0; j < queries; j++) {
-        const float total = totals[i * bn + j];
+      for (int64_t j = 0; j < block.queries; j++) {
+        const float total = block.totals[j];
         factors[j] = total == 0 ? 0 : 1 / total;
-        const int64_t place = d.stats_offset + head * a.stats_head + (query + j) * a.stats_token;
+        const int64_t place = d.stats_offset + block.head * a.stats_head + (block.query + j) * a.stats_token;
         for (int64_t c = 0; c < kStatsCopies; c++) {
-          max[place + c] = tops[i * bn + j];
+          max[place + c] = block.tops[j];
           sum[place + c] = total;
         }
       }
-      write_transposed(sums_of_v + i * out_floats, bn, a.head_dim, queries, factors,
-                       const_cast<char*>(element(out, a.dtype, d.q_offset + head * a.q_head + query * a.q_token)),
-                       a.dtype, a.q_token);
+      const int64_t place = d.q_offset + block.head * a.q_head + block.query * a.q_token;
+      write_transposed(block.sums, bn, a.head_dim, block.queries, factors,
+                       const_cast<char*>(element(out, a.dtype, place)), a.dtype, a.q_token);
     }
   }
 
   // Probabilities of keys i and i + 1 for kLanes queries from `column` on: in place, or to AMX's layout.
+  template <int parts>
   void put(float* scores, [[maybe_unused]] char* weights, int64_t i, int64_t column, vf even, vf odd) const {
 #if defined(__AMX_BF16__)
-    (p.bf16 ? store_right<1> : store_right<3>)(weights, i, column, even, odd);
+    store_right<parts>(weights, i, column, even, odd);
 #else
     store(scores + i * bn + column, even);
     store(scores + (i + 1) * bn + column, odd);  // there is such a row: blocks of keys are even
 #endif
   }
 
-  // One step of keys for one block of queries of one head: scores [keys][bn], softmax down the columns.
-  void add_step(const PackedHead& x, int64_t head, int64_t query, int64_t queries, int64_t key, int64_t keys,
-                const char* q_packed, float* scores, char* weights, float* tops, float* totals,
-                float* sums_of_v) const {
-    const Document& d = *x.document;
-    const int64_t s = key / step, rows = round_up(keys, bm);
-    for (int64_t i = 0; i < rows / bm; i++)
-      product(p, x.k + s * k_step_bytes + i * p.a_bytes(a.head_dim), q_packed, a.head_dim, scores + i * bm * bn, bn,
-              false);
-    if (d.mask != nullptr || !d.all_seen(query, query + queries, key, key + rows))
-      hide(d, head, query, bn, key, rows, scores, 1, bn);
-
-    const float scale = a.scale;
+  // Scores [keys][bn] to probabilities, down the columns; what was summed before shrinks where a maximum rises.
+  template <int parts>
+  void softmax(int64_t keys, float* scores, char* weights, float* tops, float* totals, float* sums_of_v) const {
+    const float scale = a.scale, scale_of_2 = a.scale * kLog2E;
     const int64_t width = bn, head_dim = a.head_dim;
     for (int64_t c = 0; c < width; c += kLanes) {
       float* column = scores + c;
@@ -352,26 +347,29 @@ struct Forward {
       }
       for (; i < keys; i++) m0 = vmax(m0, load(column + i * width));
       const vf old = load(tops + c), top = vmax(vmax(vmax(m0, m1), vmax(m2, m3)) * scale, old);
-      const vf shrink = exp_of_nonpositive(old - top);
+      const vf top_of_2 = top * kLog2E;
+      const vf shrink = exp2_of_nonpositive<false>(old * kLog2E - top_of_2);
       store(tops + c, top);
       bool risen = false;
       for (int lane = 0; lane < kLanes; lane++) risen |= top[lane] != old[lane];
-      auto weight = [&](int64_t row) { return exp_of_nonpositive(load(column + row * width) * scale - top); };
+      auto weight = [&](int64_t row) {
+        return exp2_of_nonpositive<parts == 1>(load(column + row * width) * scale_of_2 - top_of_2);
+      };
       vf even_total = load(totals + c) * shrink, odd_total{};
       for (i = 0; i + 2 <= keys; i += 2) {
         const vf even = weight(i), odd = weight(i + 1);
-        put(scores, weights, i, c, even, odd);
+        put<parts>(scores, weights, i, c, even, odd);
         even_total += even;
         odd_total += odd;
       }
       if (i < keys) {
         const vf even = weight(i);
-        put(scores, weights, i, c, even, vf{});
+        put<parts>(scores, weights, i, c, even, vf{});
         even_total += even;
         i += 2;
       }
 #if defined(__AMX_BF16__)
-      for (; i < p.padded_k(keys); i += 2) put(scores, weights, i, c, vf{}, vf{});
+      for (; i < p.padded_k(keys); i += 2) put<parts>(scores, weights, i, c, vf{}, vf{});
 #endif
       store(totals + c, even_total + odd_total);
       if (risen) {
@@ -379,6 +377,19 @@ struct Forward {
         for (int64_t h = 0; h < head_dim; h++, sums += width) store(sums, load(sums) * shrink);
       }
     }
+  }
+
+  // One step of keys for one block of queries.
+  void add_step(const PackedHead& x, const Block& block, int64_t key, int64_t keys, float* scores) const {
+    const Document& d = *x.document;
+    const int64_t s = key / step, rows = round_up(keys, bm);
+    for (int64_t i = 0; i < rows / bm; i++)
+      product(p, x.k + s * k_step_bytes + i * p.a_bytes(a.head_dim), block.q, a.head_dim, scores + i * bm * bn, bn, false);
+    if (d.mask != nullptr || !d.all_seen(block.query, block.query + block.queries, key, key + rows))
+      hide(d, block.head, block.query, bn, key, rows, scores, 1, bn);
+    char* weights = reinterpret_cast<char*>(scores + step * bn);
+    auto run = p.bf16 ? &Forward::softmax<1> : &Forward::softmax<3>;
+    (this->*run)(keys, scores, weights, block.tops, block.totals, block.sums);
     const void* right = weights;
 #if !defined(__AMX_BF16__)
     if (p.bf16) {
@@ -388,7 +399,7 @@ struct Forward {
     }
 #endif
     for (int64_t h = 0; h < h_blocks; h++)
-      product(p, x.v + s * v_step_bytes + h * p.a_bytes(step), right, keys, sums_of_v + h * bm * bn, bn, true);
+      product(p, x.v + s * v_step_bytes + h * p.a_bytes(step), right, keys, block.sums + h * bm * bn, bn, true);
   }
 
   void run() const {
@@ -418,15 +429,16 @@ struct Forward {
         memory += bytes(d);
         for (int64_t s = 0; s < num_steps(d); s++) packs.push_back({&x, s});
         // From the last queries on, which see the most keys where attention is causal.
-        for (int64_t from = (d.num_queries - 1) / kQueriesPerTask * kQueriesPerTask; from >= 0; from -= kQueriesPerTask)
-          queries.push_back({&x, from});
+        const int64_t block = queries_per_task(d);
+        for (int64_t from = (d.num_queries - 1) / block * block; from >= 0; from -= block) queries.push_back({&x, from});
       }
       parallel_blocks(packs.size(), 4, [&](int64_t begin, int64_t stop) {
         for (int64_t i = begin; i < stop; i++) pack(*packs[i].head, packs[i].index);
       });
       parallel_for(queries.size(), [&](int64_t i) {
         const Task& task = queries[i];
-        attend(*task.head, task.index, std::min(task.index + kQueriesPerTask, task.head->document->num_queries));
+        const Document& d = *task.head->document;
+        attend(*task.head, task.index, std::min(task.index + queries_per_task(d), d.num_queries));
       });
       first = end;
     }

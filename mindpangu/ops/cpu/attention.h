@@ -65,27 +65,46 @@ void hide(const Document& d, int64_t head, int64_t from, int64_t queries, int64_
 void write_transposed(const float* tile, int64_t stride, int64_t rows, int64_t columns, const float* factors, void* to,
                       DType dtype, int64_t to_stride);
 
-// e^x for x <= 0, where what is positive counts as 0; exactly 0 below -87.7; NaN stays NaN.
-// Cephes' polynomial of 2^x (S. Moshier), 2e-7 of the value near 0.
-inline vf exp_of_nonpositive(vf x) {
-  const vf low = splat(-88.0f), high = splat(0.0f);
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x for x <= 0, where what is positive counts as 0; 0 for -inf, NaN stays NaN. coarse: to 3e-6 of the value, for what
+// is rounded to bfloat16 next; otherwise to 2e-7.
+template <bool coarse>
+inline vf exp2_of_nonpositive(vf x) {
 #if defined(__AVX512F__)
-  x = (vf)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));  // in this order NaN passes
+  const __m512 t = _mm512_min_ps(_mm512_setzero_ps(), (__m512)x);  // in this order NaN passes
+  const vf r = (vf)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t minus its floor
+  vf p;
+  if constexpr (coarse) {  // minimax in the relative error, on [0, 1)
+    p = r * 0.013534167781472206f + 0.05201146379113197f;
+    p = p * r + 0.2414427548646927f;
+    p = p * r + 0.6930038332939148f;
+    p = p * r + 1.0000026226043701f;
+  } else {
+    p = r * 2.1702254889532924e-4f + 1.2439688434824347e-3f;
+    p = p * r + 9.678840637207031e-3f;
+    p = p * r + 5.5483341217041016e-2f;
+    p = p * r + 0.24022983014583588f;
+    p = p * r + 0.6931470036506653f;
+    p = p * r + 1.0f;
+  }
+  return (vf)_mm512_scalef_ps((__m512)p, t);
 #else
-  x = low > x ? low : x;
+  const vf low = splat(-126.5f), high = splat(0.0f);
+  const vi vanishes = x < low;
+  x = vanishes ? low : x;
   x = high < x ? high : x;
-#endif
-  const vf t = x * 1.44269504088896341f;
-  const vf shifted = t + 12583039.0f;  // 1.5 * 2^23 + 127: rounds, and leaves the biased exponent in the lowest bits
-  const vf r = t - (shifted - 12583039.0f);
-  vf p = splat(1.535336188319500e-4f);
+  const vf shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: rounds, and leaves the biased exponent in the lowest bits
+  const vf r = x - (shifted - 12583039.0f);
+  vf p = splat(1.535336188319500e-4f);  // Cephes (S. Moshier), on [-0.5, 0.5]
   p = p * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  return p * as_float(as_int(shifted) << 23);
+  return vanishes ? vf{} : p * as_float(as_int(shifted) << 23);
+#endif
 }
 
 }  // namespace pangu

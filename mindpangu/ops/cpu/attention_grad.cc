@@ -106,33 +106,32 @@ struct Backward {
 
   // Scores and dy v^T of rows [begin, end) and bn keys to probabilities and the scores' gradients: right operands of
   // the sums over queries, from row `begin` on (float32's are w and ds), and left ones for the sum over keys.
+  template <int parts>
   void softmax_gradient(float* w, float* ds, int64_t begin, int64_t end, const float* top, const float* per_total,
                         const float* dy_out, [[maybe_unused]] char* w_right, [[maybe_unused]] char* ds_right,
                         char* ds_left) const {
-    const float scale = a.scale;
+    const float scale = a.scale * kLog2E;
     const int64_t width = bn;
 #if defined(__AMX_BF16__)
-    auto put_right = p.bf16 ? store_right<1> : store_right<3>;
-    auto put_left = p.bf16 ? store_left<1> : store_left<3>;
     for (int64_t r = begin; r < end; r += 2) {  // rows come in blocks of 32
       vf probability[2][2], gradient[2][2];
       for (int i = 0; i < 2; i++)
         for (int j = 0; j < 2; j++) {
           const int64_t e = (r + i) * width + j * kLanes, row = r + i;
-          probability[i][j] = exp_of_nonpositive(load(w + e) * scale - top[row]) * per_total[row];
+          probability[i][j] = exp2_of_nonpositive<parts == 1>(load(w + e) * scale - top[row]) * per_total[row];
           gradient[i][j] = probability[i][j] * (load(ds + e) - dy_out[row]);
         }
       for (int j = 0; j < 2; j++) {
-        put_right(w_right, r - begin, j * kLanes, probability[0][j], probability[1][j]);
-        put_right(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
+        store_right<parts>(w_right, r - begin, j * kLanes, probability[0][j], probability[1][j]);
+        store_right<parts>(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
       }
       char* left = ds_left + r / bm * p.a_bytes(block_k);
-      for (int i = 0; i < 2; i++) put_left(left, r % bm + i, gradient[i][0], gradient[i][1]);
+      for (int i = 0; i < 2; i++) store_left<parts>(left, r % bm + i, gradient[i][0], gradient[i][1]);
     }
 #else
     for (int64_t r = begin; r < end; r++)
       for (int64_t e = r * width; e < (r + 1) * width; e += kLanes) {
-        const vf probability = exp_of_nonpositive(load(w + e) * scale - top[r]) * per_total[r];
+        const vf probability = exp2_of_nonpositive<false>(load(w + e) * scale - top[r]) * per_total[r];
         store(w + e, probability);
         store(ds + e, probability * (load(ds + e) - dy_out[r]));
       }
@@ -194,7 +193,7 @@ struct Backward {
       const int64_t stats = d.stats_offset + head * a.stats_head + (from + r) * a.stats_token;
       const char* y = element(out, a.dtype, offset + r * a.q_token);
       const char* dy_row = element(dy, a.dtype, offset + r * a.q_token);
-      top[r] = max[stats];
+      top[r] = max[stats] * kLog2E;
       per_total[r] = sum[stats] == 0 ? 0 : 1 / sum[stats];
       dy_out[r] = a.dtype == DType::bf16
                       ? dot(reinterpret_cast<const bf16*>(y), reinterpret_cast<const bf16*>(dy_row), H)
@@ -227,8 +226,9 @@ struct Backward {
           w_right = weights_right + c * p.b_bytes(block_q);
           ds_right = dscores_right + c * p.b_bytes(block_q);
         }
-        softmax_gradient(w, ds, row, rows, top, per_total, dy_out, const_cast<char*>(w_right),
-                         const_cast<char*>(ds_right), dscores_left + c * p.a_bytes(bn));
+        auto gradient = p.bf16 ? &Backward::softmax_gradient<1> : &Backward::softmax_gradient<3>;
+        (this->*gradient)(w, ds, row, rows, top, per_total, dy_out, const_cast<char*>(w_right),
+                          const_cast<char*>(ds_right), dscores_left + c * p.a_bytes(bn));
         const int64_t skipped = row * bm * p.element_bytes;
         for (int64_t h = 0; h < h_blocks; h++) {
           const int64_t place = c * panel_floats + h * bm * bn, across = h * column_bytes + skipped;

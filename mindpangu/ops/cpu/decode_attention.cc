@@ -94,7 +94,7 @@ void attend(const Decode& d, const float* q, const Cache* k, const Cache* v, int
     tops[g] = reduce_max(top);
     if (!(tops[g] > -INFINITY)) tops[g] = 0;  // only -inf: weights become 0
     for (int64_t t = 0; t < count; t += kLanes) {
-      const vf weight = exp_of_nonpositive(load(row + t) - tops[g]);
+      const vf weight = exp2_of_nonpositive<false>((load(row + t) - tops[g]) * kLog2E);
       store(row + t, weight);
       total += weight;
     }
