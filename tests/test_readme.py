@@ -46,3 +46,11 @@ def test_a_command_in_readme_runs(folder, command):
     done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_mindformers_program_in_readme_trains(tmp_path):
+    programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    program = next(program for program in programs if "mindformers" in program)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert float(done.stdout.split()[-1].strip("[]")) < 5.0  # from 5.55, the logarithm of 256

@@ -21,6 +21,8 @@ BENCHMARKS = {
     "packing": ("bench_data", "bench_packing"),
     "cache": ("bench_data", "bench_cache"),
     "training": ("bench_training", "bench_training"),
+    "one_core": ("bench_training", "bench_one_core"),
+    "compilation": ("bench_training", "bench_compilation"),
     "head_loss": ("bench_head_loss", "bench_head_loss"),
     "attention": ("bench_attention", "bench_attention"),
     "cached_attention": ("bench_attention", "bench_cached_attention"),

@@ -60,16 +60,17 @@ def _decoding_rows(name, sizes, precision, batch, num_tokens, wanted, model=None
     for peer_name, theirs in (("transformers, eager, static cache", loop), ("transformers.generate", generate)):
         ours(), theirs()
         seconds = alternate(ours, theirs, num_runs)
-        rows.append(Row(f"decoding, {name}, batch {batch}, {precision}", "tokens/s",
-                        rates(batch * num_tokens, seconds[0]), peer_name, rates(batch * num_tokens, seconds[1]), wanted))
-    # All weights but the embedding's rows that no token chose, and what the cache holds on average, once for each token.
-    item_size = 2 if precision == "bfloat16" else 4
+        our_rates, their_rates = (rates(batch * num_tokens, durations) for durations in seconds)
+        rows.append(Row(f"decoding, {name}, batch {batch}, {precision}", "tokens/s", our_rates, peer_name, their_rates,
+                        wanted))
+    # Each token reads all weights (the embedding's as the output projection) and half of the full cache.
     layers, hidden, heads, kv_heads, feed_forward, vocab_size = sizes
-    per_layer = hidden * (hidden + 2 * hidden // heads * kv_heads) + hidden * hidden + 3 * hidden * feed_forward
-    read = item_size * (layers * per_layer + vocab_size * hidden)
-    read += 4 * layers * batch * 2 * hidden // heads * kv_heads * (_PROMPT_LEN + num_tokens // 2)
+    kv_size = hidden // heads * kv_heads
+    per_layer = hidden * (hidden + 2 * kv_size) + hidden * hidden + 3 * hidden * feed_forward
+    read = (2 if precision == "bfloat16" else 4) * (layers * per_layer + vocab_size * hidden)
+    read += 4 * layers * batch * 2 * kv_size * (_PROMPT_LEN + num_tokens // 2)
     rows.append(Row(f"decoding, {name}, batch {batch}, {precision}: weights and cache read", "GB/s",
-                    [read * num_tokens / duration / 1e9 for duration in seconds[0]], "reading memory", _read_bandwidth(),
+                    rates(read * num_tokens / 1e9, seconds[0]), "reading memory", _read_bandwidth(),
                     0.6 if read > 1e8 else None))
     return rows
 

@@ -1,18 +1,20 @@
 """Training steps against PyTorch: forward, backward, clipping and AdamW on the same architecture and tokens."""
 
+import os
 import tempfile
+import time
 
 import numpy as np
 
 from mindpangu.config import ModelConfig, RunConfig, TrainConfig
 
-from .bench_rows import Row, alternate
+from .bench_rows import Row, alternate, rates
 
-# name: layers, hidden size, heads, key/value heads, feed-forward, vocabulary, documents, their length, wanted ratios
+# name: layers, hidden size, heads, key/value heads, feed-forward, vocabulary, documents, their length, runs, wanted
 _MODELS = {
-    "4 layers x 256, vocabulary 4096, 8 x 256 tokens": (4, 256, 4, 2, 1024, 4096, 8, 256,
+    "4 layers x 256, vocabulary 4096, 8 x 256 tokens": (4, 256, 4, 2, 1024, 4096, 8, 256, 9,
                                                         {"float32": 1.8, "bfloat16": 1.4}),
-    "12 layers x 768, vocabulary 32000, 4 x 1024 tokens": (12, 768, 12, 6, 2048, 32000, 4, 1024,
+    "12 layers x 768, vocabulary 32000, 4 x 1024 tokens": (12, 768, 12, 6, 2048, 32000, 4, 1024, 3,
                                                            {"float32": 1.4, "bfloat16": 1.4}),
 }
 
@@ -20,17 +22,79 @@ _MODELS = {
 def bench_training():
     """Two sizes, float32 and bfloat16, against PyTorch eager and compiled; a document is a row of the peer's batch."""
     rows = []
-    for name, (*sizes, wanted) in _MODELS.items():
+    for name, (*sizes, num_runs, wanted) in _MODELS.items():
         for precision in ("float32", "bfloat16"):
             ours = _our_step(sizes, precision)
             for kind in ("eager", "compiled"):
                 peer = _peer_step(sizes, precision, kind)
-                for _ in range(3):  # compilation, allocation
+                for _ in range(2):  # compilation, allocation
                     ours(), peer()
-                seconds = alternate(ours, peer, 9)
+                seconds = alternate(ours, peer, num_runs)
                 rows.append(Row(f"training step, {name}, {precision}", "s", seconds[0], f"PyTorch {kind}", seconds[1],
                                 wanted[precision]))
+            product, peer_product, gigaflops = _products(precision)
+            products = alternate(product, peer_product, 7)
+            rows.append(Row(f"matrix product 2048^3, {precision}", "GFLOP/s", rates(gigaflops, products[0]), "PyTorch",
+                            rates(gigaflops, products[1])))
+            rows.append(Row(f"training step, {name}, {precision}: rate", "GFLOP/s",
+                            rates(_step_gigaflops(sizes), seconds[0]), "our matrix product",
+                            rates(gigaflops, products[0])))
     return rows
+
+
+def bench_one_core():
+    """What a step costs when all threads have to share one core: no more than 2.2 times what it costs on two."""
+    name, (*sizes, _, _) = next(iter(_MODELS.items()))
+    step = _our_step(sizes, "float32")
+    cores = os.sched_getaffinity(0)
+
+    def pinned(allowed):
+        for task in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(task), allowed)
+        step()
+
+    step(), pinned(cores)
+    seconds = alternate(lambda: pinned({min(cores)}), lambda: pinned(cores), 7)
+    return [Row(f"training step, {name}, float32, pinned to one core", "s", seconds[0], f"{len(cores)} cores",
+                seconds[1], 1 / 2.2)]
+
+
+def bench_compilation():
+    """CPU seconds until the first step of a 26-layer model is done: openpangu_1b's graph at a twelfth of its width."""
+    began = time.process_time()
+    _our_step((26, 192, 12, 6, 512, 4096, 2, 64), "float32")()
+    return [Row("compilation, training step of 26 layers", "CPU s", [time.process_time() - began], "limit", [60.0],
+                1.0)]
+
+
+def _step_gigaflops(sizes):
+    """Of the products of a step: each weight six times a token, attention's seven products over the pairs it sees."""
+    layers, hidden, heads, kv_heads, feed_forward, vocab_size, num_documents, length = sizes
+    per_layer = hidden * (hidden + 2 * hidden // heads * kv_heads) + hidden * hidden + 3 * hidden * feed_forward
+    weights = 6 * num_documents * length * (layers * per_layer + vocab_size * hidden)
+    return (weights + 14 * layers * hidden * num_documents * length * (length + 1) / 2) / 1e9
+
+
+def _products(precision):
+    """Our product of two 2048 x 2048 matrices, PyTorch's, and their billions of operations."""
+    import torch
+    from mindspore import Tensor, jit
+
+    from mindpangu.ops.linear import linear
+
+    size = 2048
+    array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    x, peer_x = Tensor(array), torch.tensor(array).to(getattr(torch, precision))
+    product = jit(linear)
+
+    def ours():
+        product(x, x).asnumpy()
+
+    def theirs():
+        torch.nn.functional.linear(peer_x, peer_x)
+
+    ours(), theirs()
+    return ours, theirs, 2 * size**3 / 1e9
 
 
 def bench_adamw():

@@ -67,7 +67,8 @@ def expected(hidden, weight, labels, weights, ids, logprobs, ce_factor, kl_facto
     loss.backward()
     sums = np.array([weights.sum().item(), *((weights * each).sum().item() for each in (ce, kl, mass, agreement))])
     values = loss.item(), sums, hidden.grad.numpy(), weight.grad.numpy()
-    size = logits.grad.abs()
+    # The student's probability less the wanted one: where they cancel, the rounding of each stays.
+    size = logits.grad.abs() + (ce_factor + kl_factor) * weights[:, None] * student.detach().exp()
     scales = (abs(values[0]) + sums[0], np.abs(sums) + sums[0], (size @ weight.abs()).max().item(),
               (size.T @ hidden.abs()).max().item())
     return values, scales

@@ -126,3 +126,14 @@ def test_wrong_arguments_are_named(kernel):
         linear(Tensor(np.ones((2, 8))), weight).asnumpy()
     with pytest.raises(RuntimeError, match=r"Linear on CPU: the weight is \[3, 8\]: expected \[out, 9\]"):
         linear(Tensor(np.ones((2, 9), np.float32)), weight).asnumpy()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_float32_products_are_as_exact_as_numpys(scale, kernel):
+    """Also where they are sums of bfloat16 products; numbers of very different sizes meet in a sum."""
+    random = np.random.default_rng(1)
+    x, weight = (random.standard_normal((n, 700)) * np.exp2(random.integers(-12, 12, (n, 700))) for n in (70, 90))
+    x, weight = (x * scale).astype(np.float32), weight.astype(np.float32)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    ours, numpys = (np.abs(y - exact).max() for y in (linear(Tensor(x), Tensor(weight)).asnumpy(), x @ weight.T))
+    assert ours < 2 * numpys

@@ -70,8 +70,8 @@ PANGU_FUNCTION(GlobalNorm) {
   *call[count].as<float>() = static_cast<float>(std::sqrt(total));
 }
 
-// hyperparameters [lr, beta1, beta2, eps, weight_decay], scale [1], decays [P], then P parameters, P first moments, P second
-// moments, P gradients -> [1]. Updates parameters and moments in place:
+// hyperparameters [lr, beta1, beta2, eps, weight_decay], scale [1], decays [P], then P parameters, P first moments, P
+// second moments, P gradients -> [1]. Updates parameters and moments in place:
 //     m = beta1 m + (1 - beta1) scale g;  v = beta2 v + (1 - beta2) (scale g)^2;
 //     p -= lr (m / (sqrt(v) + eps) + decays[i] weight_decay p)
 PANGU_FUNCTION(AdamW) {

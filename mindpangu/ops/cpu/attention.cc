@@ -299,7 +299,8 @@ struct Forward {
       for (const Block& block : blocks) {
         const int64_t end = std::min(begin + sweep, d.end_of(block.query + block.queries));
         for (int64_t key = begin; key < end; key += step)
-          if (std::min(key + step, end) > d.begin_of(block.query)) add_step(x, block, key, std::min(step, end - key), scores);
+          if (std::min(key + step, end) > d.begin_of(block.query))
+            add_step(x, block, key, std::min(step, end - key), scores);
       }
 
     for (const Block& block : blocks) {
@@ -384,7 +385,8 @@ struct Forward {
     const Document& d = *x.document;
     const int64_t s = key / step, rows = round_up(keys, bm);
     for (int64_t i = 0; i < rows / bm; i++)
-      product(p, x.k + s * k_step_bytes + i * p.a_bytes(a.head_dim), block.q, a.head_dim, scores + i * bm * bn, bn, false);
+      product(p, x.k + s * k_step_bytes + i * p.a_bytes(a.head_dim), block.q, a.head_dim, scores + i * bm * bn, bn,
+              false);
     if (d.mask != nullptr || !d.all_seen(block.query, block.query + block.queries, key, key + rows))
       hide(d, block.head, block.query, bn, key, rows, scores, 1, bn);
     char* weights = reinterpret_cast<char*>(scores + step * bn);
@@ -430,7 +432,8 @@ struct Forward {
         for (int64_t s = 0; s < num_steps(d); s++) packs.push_back({&x, s});
         // From the last queries on, which see the most keys where attention is causal.
         const int64_t block = queries_per_task(d);
-        for (int64_t from = (d.num_queries - 1) / block * block; from >= 0; from -= block) queries.push_back({&x, from});
+        for (int64_t from = (d.num_queries - 1) / block * block; from >= 0; from -= block)
+          queries.push_back({&x, from});
       }
       parallel_blocks(packs.size(), 4, [&](int64_t begin, int64_t stop) {
         for (int64_t i = begin; i < stop; i++) pack(*packs[i].head, packs[i].index);

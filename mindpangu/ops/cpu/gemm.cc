@@ -1,5 +1,5 @@
-// Blocked matrix products on packed operands (Goto and van de Geijn, doi:10.1145/1356052.1356053): bfloat16 in AMX tiles,
-// in AVX512-BF16 dot products, or rounded and multiplied as float32 where a machine has neither; float32 in FMA
+// Blocked matrix products on packed operands (Goto and van de Geijn, doi:10.1145/1356052.1356053): bfloat16 in AMX
+// tiles, in AVX512-BF16 dot products, or rounded and multiplied as float32 where a machine has neither; float32 in FMA
 // registers, or where there are AMX tiles as six products of bfloat16 parts (Henry, Tang and Heinecke,
 // arXiv:1904.06376), which takes half the time: x = x0 + x1 + x2 holds all 24 bits of a float32, and what is left out
 // of x y is below 2^-23 of it. Infinity, and what rounds to it (3.39e38), becomes NaN that way.
@@ -286,7 +286,7 @@ void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool t
   }
 }
 
-// 16 elements beside each other in rows k and k + 1 of which n, and `rows` (0 to 2), exist: first all of k, then of k + 1.
+// 16 elements beside each other in each of two rows, first all of the one; n elements and `rows` rows exist.
 template <int parts>
 inline void load_pair(const bf16* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
   const __mmask16 mask = (1u << n) - 1;

@@ -1,5 +1,5 @@
-// Operands in AMX tiles. A block of 32 lines (rows of A, columns of B) is, for each 32 along K and each of its parts, two
-// tiles of 16 rows of 32 bfloat16: 16 lines, or for B 16 pairs of k with both elements of a pair beside each other.
+// Operands in AMX tiles. A block of 32 lines (rows of A, columns of B) is, for each 32 along K and each of its parts,
+// two tiles of 16 rows of 32 bfloat16: 16 lines, or for B 16 pairs of k with both elements of a pair beside each other.
 #pragma once
 
 #if defined(__AMX_BF16__)
