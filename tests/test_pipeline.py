@@ -213,3 +213,14 @@ def test_at_scale_1b_the_commands_of_missing_runs_are_printed(tmp_path):
                            "data.tokenizer=a.jsonl", "teacher=x"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "SentencePiece" in done.stderr or "python -m mindpangu.train recipe=sft_reasoning scale=1b" in done.stderr
+
+
+def test_training_in_bfloat16_keeps_the_loss_within_a_hundredth_and_float32_weights(copy):
+    _run(copy, "recipe=sft_fast", "run.precision=bfloat16", "run.dir=runs/bfloat16")
+    float32 = _only(copy, "runs/sft_fast-smoke-*")
+    pairs = list(zip(_history(copy / "runs/bfloat16"), _history(float32), strict=True))
+    assert len(pairs) >= 3 and any(ours[1] != theirs[1] for ours, theirs in pairs)
+    for (step, loss, _), (same_step, expected, _) in pairs:
+        assert step == same_step and abs(loss - expected) <= 0.01 * expected, (step, loss, expected)
+    for file in (copy / "runs/bfloat16/checkpoints").glob("*/**/config.json"):
+        assert json.loads(file.read_text())["torch_dtype"] == "float32"
