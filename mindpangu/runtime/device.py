@@ -50,11 +50,12 @@ def start(run):
 
     ms.set_device(run.device)
     chosen = kernels.select(run.kernels, run.reference_ops, run.device, path)
-    by_kernel = {}
+    backends = {"native": f"CPU library ({_library.level})" if path else f"{run.device}'s own primitives",
+                "reference": "MindSpore's general operations"}
+    say(f"device {run.device}, {threads} threads, mode {run.mode}, {run.precision}")
+    say(f"  {'op':<18}{'kernel':<12}backend")
     for op, kernel in chosen.items():
-        by_kernel.setdefault(kernel, []).append(op)
-    say(f"device {run.device}, {threads} threads, mode {run.mode}, {run.precision}; " +
-        "; ".join(f"{kernel} kernels: {', '.join(ops)}" for kernel, ops in sorted(by_kernel.items())))
+        say(f"  {op:<18}{kernel:<12}{backends[kernel]}")
     _started = (wanted, chosen)
     return chosen
 

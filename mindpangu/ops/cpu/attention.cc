@@ -320,15 +320,15 @@ struct Forward {
     }
   }
 
-  // Probabilities of keys i and i + 1 for kLanes queries from `column` on: in place, or to AMX's layout.
+  // Probabilities of keys i and i + 1 for kLanes queries from `column` on: in place, or to the layout in pairs.
   template <int parts>
   void put(float* scores, [[maybe_unused]] char* weights, int64_t i, int64_t column, vf even, vf odd) const {
-#if defined(__AMX_BF16__)
-    store_right<parts>(weights, i, column, even, odd);
-#else
-    store(scores + i * bn + column, even);
-    store(scores + (i + 1) * bn + column, odd);  // there is such a row: blocks of keys are even
-#endif
+    if constexpr (kInPairs<parts>) {
+      store_right<parts>(weights, i, column, even, odd);
+    } else {
+      store(scores + i * bn + column, even);
+      store(scores + (i + 1) * bn + column, odd);  // there is such a row: blocks of keys are even
+    }
   }
 
   // Scores [keys][bn] to probabilities, down the columns; what was summed before shrinks where a maximum rises.
@@ -369,9 +369,7 @@ struct Forward {
         even_total += even;
         i += 2;
       }
-#if defined(__AMX_BF16__)
-      for (; i < p.padded_k(keys); i += 2) put<parts>(scores, weights, i, c, vf{}, vf{});
-#endif
+      for (; kInPairs<parts> && i < p.padded_k(keys); i += 2) put<parts>(scores, weights, i, c, vf{}, vf{});
       store(totals + c, even_total + odd_total);
       if (risen) {
         float* sums = sums_of_v + c;
@@ -393,13 +391,13 @@ struct Forward {
     auto run = p.bf16 ? &Forward::softmax<1> : &Forward::softmax<3>;
     (this->*run)(keys, scores, weights, block.tops, block.totals, block.sums);
     const void* right = weights;
-#if !defined(__AMX_BF16__)
-    if (p.bf16) {
-      pack_b(p, {scores, DType::f32, bn, 1}, bn, keys, weights);
-    } else {
-      right = scores;  // float32's layout is that of the scores
+    if (!(p.bf16 ? kInPairs<1> : kInPairs<3>)) {
+      if (p.bf16) {
+        pack_b(p, {scores, DType::f32, bn, 1}, bn, keys, weights);
+      } else {
+        right = scores;  // float32's layout is that of the scores
+      }
     }
-#endif
     for (int64_t h = 0; h < h_blocks; h++)
       product(p, x.v + s * v_step_bytes + h * p.a_bytes(step), right, keys, block.sums + h * bm * bn, bn, true);
   }

@@ -6,7 +6,7 @@
 
 #include "gemm.h"
 #include "plugin.h"
-#include "tiles.h"
+#include "pairs.h"
 #include "vec.h"
 
 namespace pangu {

@@ -108,40 +108,52 @@ struct Backward {
   // the sums over queries, from row `begin` on (float32's are w and ds), and left ones for the sum over keys.
   template <int parts>
   void softmax_gradient(float* w, float* ds, int64_t begin, int64_t end, const float* top, const float* per_total,
-                        const float* dy_out, [[maybe_unused]] char* w_right, [[maybe_unused]] char* ds_right,
-                        char* ds_left) const {
+                        const float* dy_out, char* w_right, char* ds_right, char* ds_left) const {
     const float scale = a.scale * kLog2E;
     const int64_t width = bn;
-#if defined(__AMX_BF16__)
-    for (int64_t r = begin; r < end; r += 2) {  // rows come in blocks of 32
-      vf probability[2][2], gradient[2][2];
-      for (int i = 0; i < 2; i++)
+    auto probability = [&](int64_t row, int64_t e) {
+      return exp2_of_nonpositive<parts == 1>(load(w + e) * scale - top[row]) * per_total[row];
+    };
+    bool left_done = false;
+#if defined(__AVX512BF16__)
+    if constexpr (kInPairs<parts>) {
+      for (int64_t r = begin; r < end; r += 2) {  // rows come in blocks of an even number
+        vf p[2][2], gradient[2][2];
+        for (int i = 0; i < 2; i++)
+          for (int j = 0; j < 2; j++) {
+            const int64_t row = r + i, e = row * width + j * kLanes;
+            p[i][j] = probability(row, e);
+            gradient[i][j] = p[i][j] * (load(ds + e) - dy_out[row]);
+          }
         for (int j = 0; j < 2; j++) {
-          const int64_t e = (r + i) * width + j * kLanes, row = r + i;
-          probability[i][j] = exp2_of_nonpositive<parts == 1>(load(w + e) * scale - top[row]) * per_total[row];
-          gradient[i][j] = probability[i][j] * (load(ds + e) - dy_out[row]);
+          store_right<parts>(w_right, r - begin, j * kLanes, p[0][j], p[1][j]);
+          store_right<parts>(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
         }
-      for (int j = 0; j < 2; j++) {
-        store_right<parts>(w_right, r - begin, j * kLanes, probability[0][j], probability[1][j]);
-        store_right<parts>(ds_right, r - begin, j * kLanes, gradient[0][j], gradient[1][j]);
-      }
-      char* left = ds_left + r / bm * p.a_bytes(block_k);
-      for (int i = 0; i < 2; i++) store_left<parts>(left, r % bm + i, gradient[i][0], gradient[i][1]);
-    }
+        for (int i = 0; i < 2; i++) {
+#if defined(__AMX_BF16__)
+          store_left<parts>(ds_left + r / bm * this->p.a_bytes(block_k), r % bm + i, gradient[i][0], gradient[i][1]);
+          left_done = true;
 #else
-    for (int64_t r = begin; r < end; r++)
-      for (int64_t e = r * width; e < (r + 1) * width; e += kLanes) {
-        const vf probability = exp2_of_nonpositive<false>(load(w + e) * scale - top[r]) * per_total[r];
-        store(w + e, probability);
-        store(ds + e, probability * (load(ds + e) - dy_out[r]));
-      }
-    if (p.bf16) {
-      pack_b(p, {w + begin * width, DType::f32, width, 1}, width, end - begin, w_right);
-      pack_b(p, {ds + begin * width, DType::f32, width, 1}, width, end - begin, ds_right);
-    }
-    for (int64_t r = begin; r < end; r += bm)
-      pack_a(p, {ds + r * width, DType::f32, width, 1}, bm, width, ds_left + r / bm * p.a_bytes(block_k));
+          for (int j = 0; j < 2; j++) store(ds + (r + i) * width + j * kLanes, gradient[i][j]);
 #endif
+        }
+      }
+    }
+#endif
+    if constexpr (!kInPairs<parts>) {
+      for (int64_t r = begin; r < end; r++)
+        for (int64_t e = r * width; e < (r + 1) * width; e += kLanes) {
+          const vf p = probability(r, e);
+          store(w + e, p);
+          store(ds + e, p * (load(ds + e) - dy_out[r]));
+        }
+      if (p.bf16) {
+        pack_b(p, {w + begin * width, DType::f32, width, 1}, width, end - begin, w_right);
+        pack_b(p, {ds + begin * width, DType::f32, width, 1}, width, end - begin, ds_right);
+      }
+    }
+    for (int64_t r = begin; r < end && !left_done; r += bm)
+      pack_a(p, {ds + r * width, DType::f32, width, 1}, bm, width, ds_left + r / bm * p.a_bytes(block_k));
   }
 
   // Queries [from, from + block_q) of one head: their dq whole, and their part of dk and dv.

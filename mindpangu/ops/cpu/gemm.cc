@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "tiles.h"
+#include "pairs.h"
 #include "vec.h"
 
 #if defined(__AMX_BF16__)
@@ -24,6 +24,8 @@ namespace {
 bool rounds_products = false;
 
 constexpr int64_t kPackStrip = 32;  // a multiple of every block_k
+// Rows of memory that are asked for ahead where each gives a short run: no processor foresees those.
+constexpr int64_t kRowsAhead = 32;
 
 // ---- Products of one block ------------------------------------------------------------------------------------------
 
@@ -225,7 +227,7 @@ inline void copy_run(bf16* to, const bf16* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(bf16));
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // 16 x 16 transposition of 4-byte elements.
 inline void transpose16(__m512i r[16]) {
@@ -265,6 +267,26 @@ inline void load32(const float* p, int n, __m512i to[parts]) {
   split<parts>((vf)_mm512_maskz_loadu_ps(low, p), (vf)_mm512_maskz_loadu_ps(high, p + 16), to);
 }
 
+// 16 elements beside each other in each of two rows, first all of the one; n elements and `rows` rows exist.
+template <int parts>
+inline void load_pair(const bf16* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
+  const __mmask16 mask = (1u << n) - 1;
+  const __m256i even = _mm256_maskz_loadu_epi16(rows > 0 ? mask : 0, p);
+  const __m256i odd = _mm256_maskz_loadu_epi16(rows > 1 ? mask : 0, p + step);
+  to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+  for (int i = 1; i < parts; i++) to[i] = _mm512_setzero_si512();
+}
+template <int parts>
+inline void load_pair(const float* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
+  const __mmask16 mask = (1u << n) - 1;
+  split<parts>((vf)_mm512_maskz_loadu_ps(rows > 0 ? mask : 0, p),
+               (vf)_mm512_maskz_loadu_ps(rows > 1 ? mask : 0, p + step), to);
+}
+
+#endif  // AVX512BF16
+
+#if defined(__AMX_BF16__)
+
 inline void transpose_tile(bf16* tile) {
   __m512i r[16];
   for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile + i * 32);
@@ -284,22 +306,6 @@ void pack_lines(const From* from, int64_t line, int64_t lines, int64_t K, bool t
     }
     for (int j = 0; transposed && j < 2 * parts; j++) transpose_tile(to + j * kTileElements / 2);
   }
-}
-
-// 16 elements beside each other in each of two rows, first all of the one; n elements and `rows` rows exist.
-template <int parts>
-inline void load_pair(const bf16* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
-  const __mmask16 mask = (1u << n) - 1;
-  const __m256i even = _mm256_maskz_loadu_epi16(rows > 0 ? mask : 0, p);
-  const __m256i odd = _mm256_maskz_loadu_epi16(rows > 1 ? mask : 0, p + step);
-  to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-  for (int i = 1; i < parts; i++) to[i] = _mm512_setzero_si512();
-}
-template <int parts>
-inline void load_pair(const float* p, int64_t step, int64_t rows, int n, __m512i to[parts]) {
-  const __mmask16 mask = (1u << n) - 1;
-  split<parts>((vf)_mm512_maskz_loadu_ps(rows > 0 ? mask : 0, p),
-               (vf)_mm512_maskz_loadu_ps(rows > 1 ? mask : 0, p + step), to);
 }
 
 // The same from lines that are contiguous across (line stride 1): B's layout is pairs of k interleaved.
@@ -367,6 +373,35 @@ void pack_transposed(const From* from, int64_t line, int64_t lines, int64_t K, f
   }
 }
 
+#if defined(__AVX512BF16__)
+
+// Panel [K / 2][width][2] of lines that are contiguous along K, or across them.
+template <int width, typename From>
+void pack_pairs(const From* from, int64_t line, int64_t step, int64_t lines, int64_t K, bf16* to) {
+  auto put = [&](int64_t k, int first, __m512i pairs) {
+    _mm512_mask_storeu_epi32(to + k * width + first * 2, (1u << std::min(16, width - first)) - 1, pairs);
+  };
+  for (int64_t k = 0; k < K; k += step == 1 ? 32 : 2)
+    for (int first = 0; first < width; first += 16) {
+      const int n = static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(lines, width) - first, 0, 16));
+      if (step == 1) {
+        const int depth = static_cast<int>(std::min<int64_t>(32, K - k));
+        __m512i r[16] = {};
+        for (int i = 0; i < n; i++) load32<1>(from + (first + i) * line + k, depth, r + i);
+        transpose16(r);
+        for (int s = 0; s < depth; s += 2) put(k + s, first, r[s / 2]);
+      } else {
+        __builtin_prefetch(from + (k + kRowsAhead) * step + first);
+        __builtin_prefetch(from + (k + kRowsAhead + 1) * step + first);
+        __m512i r[1];
+        load_pair<1>(from + k * step + first, step, K - k, n, r);
+        put(k, first, interleave(r[0]));
+      }
+    }
+}
+
+#endif
+
 // Panel layout [K / pair][width][pair]: `width` lines of an operand interleaved along K, `pair` neighbours in K
 // together.
 // lines: how many exist; `line` and `step` are the strides from line to line and along K.
@@ -375,10 +410,17 @@ void pack_panel(const From* from, int64_t line, int64_t step, int64_t lines, int
   if constexpr (pair == 1 && std::is_same_v<To, float>) {
     if (step == 1) return pack_transposed<width>(from, line, lines, K, to);
   }
+#if defined(__AVX512BF16__)
+  if constexpr (pair == 2) {
+    if (step == 1 || line == 1) return pack_pairs<width>(from, line, step, lines, K, to);
+  }
+#endif
   if (lines < width || padded_k != K) std::memset(static_cast<void*>(to), 0, padded_k * width * sizeof(To));
   if (line == 1) {  // neighbours of a line lie beside each other: whole runs
     for (int64_t k = 0; k < K; k++) {
       const From* source = from + k * step;
+      for (int64_t i = 0; i < lines; i += 64 / int64_t(sizeof(From)))
+        __builtin_prefetch(source + kRowsAhead * step + i);
       To* target = to + (k / pair) * width * pair + k % pair;
       if (pair == 1 && lines == width && std::is_same_v<To, From>) {
         std::memcpy(static_cast<void*>(target), source, width * sizeof(To));
