@@ -655,9 +655,16 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
     const int64_t panel = std::min(all_b, std::clamp<int64_t>(kCached / (k_blocks * b_bytes), 1, 16));
     const int64_t stride = panel * p.block_n;
     float* tiles = static_cast<float*>(scratch(kTile, p.block_m * stride * 4));
+    // Sums of one step of K need no second place, where a block's rows are short runs of registers and not AMX's tiles.
+    const bool writes_directly = p.parts == 0 && k_blocks == 1 && g.c_dtype == DType::f32 && !g.streams &&
+                                 !(last && g.bias);
     for (int64_t j = 0; j < all_b; j += panel)
       for (int64_t i = 0; i < all_a; i++) {
         const int64_t width = std::min(panel, all_b - j);
+        const int64_t row = (share_a ? i : first + i) * p.block_m, column = (share_a ? first + j : j) * p.block_n;
+        const bool is_whole = row + p.block_m <= g.M && column + width * p.block_n <= g.N;
+        const bool is_direct = writes_directly && is_whole;
+        float* const sums = is_direct ? static_cast<float*>(g.c) + row * g.c_stride + column : tiles;
         for (int64_t kb = 0; kb < k_blocks; kb++) {
           const int64_t depth = std::min(sum_depth, g.K - kb * sum_depth);
           // The next block of A comes while this one works: waiting for it took a third of the time.
@@ -666,10 +673,10 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
           for (int64_t n = 0; n < width; n++) {
             for (int64_t line = n * ahead; line < (n + 1) * ahead; line += 64) __builtin_prefetch(next + line, 0, 2);
             product(p, as + (kb * all_a + i) * a_bytes, bs + (kb * all_b + j + n) * b_bytes, depth,
-                    tiles + n * p.block_n, stride, kb > 0);
+                    sums + n * p.block_n, is_direct ? g.c_stride : stride, kb > 0 || (is_direct && add));
           }
         }
-        const int64_t row = (share_a ? i : first + i) * p.block_m, column = (share_a ? first + j : j) * p.block_n;
+        if (is_direct) continue;
         write_tile(g, tiles, stride, row, column, std::min<int64_t>(p.block_m, g.M - row),
                    std::min<int64_t>(width * p.block_n, g.N - column), add, last);
       }
