@@ -16,10 +16,13 @@ setup(
     description="openPangu Embedded-1B's whole recipe on MindSpore: SFT, offline on-policy distillation, GRPO, export",
     license="Apache-2.0",
     python_requires=">=3.10,<3.12",
-    packages=[*find_packages(include=["mindpangu", "mindpangu.*"]), "mindpangu.recipes", "mindpangu.tools"],
-    # recipes/ and tools/ stand at the top of the repository and travel inside the package.
-    package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools"},
-    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"], "mindpangu.ops.cpu": ["*.cc", "*.h"]},
+    packages=[*find_packages(include=["mindpangu", "mindpangu.*"]), "mindpangu.recipes", "mindpangu.tools",
+              "mindpangu.ascend_kernels", "mindpangu.ascend_kernels.host"],
+    # These stand at the top of the repository and travel inside the package.
+    package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools",
+                 "mindpangu.ascend_kernels": "ascend_kernels"},
+    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"], "mindpangu.ops.cpu": ["*.cc", "*.h"],
+                  "mindpangu.ascend_kernels": ["**/*.cpp", "**/*.h", "**/*.cc", "**/README.md"]},
     install_requires=[
         "mindspore==2.9.0",
         "mindformers==1.9.0",
