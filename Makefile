@@ -1,6 +1,7 @@
 # make run        install into .venv and distil on-policy, from nothing: python -m mindpangu.train recipe=kd_student
 # make test       install with the test tools and run the tests (under 15 minutes on 2 cores)
 # make test-long  the tests that take more than a minute each
+# make test-ascendc   the AscendC kernels' tests on the model of the chips, part of make test
 # make test-sanitize, test-portable   the kernels' tests on a library with ASan and UBSan, or in portable C++
 # make bench      speed against named peers, written to bench.json
 # make check      ruff
@@ -9,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-long test-sanitize test-portable bench check clean
+.PHONY: run test test-long test-ascendc test-sanitize test-portable bench check clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m mindpangu.train recipe=kd_student
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
+
+test-ascendc: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/ascend_kernels tests/ops/test_ascendc_host.py
 
 test-sanitize: $(VENV)/.installed-dev
 	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -24,6 +24,7 @@ _COMMAND = f"python -m {__spec__.name}"
 NOT_RUN = ("Not run on a device by the authors: the operators are tested on a CPU harness; no CANN has compiled them "
            "and no NPU has run them.")
 SOCS = ("ascend910b", "ascend310b")
+VENDOR = "pangu"
 DEFAULT_HOMES = (Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann"))
 # MindSpore 2.9.0 asks for one of these (its run_check); the sources use what 8.1 has and the later ones kept.
 CANN_VERSIONS = ("8.2", "8.3", "8.5", "9.0")
@@ -112,10 +113,10 @@ def cann_problem(cann):
                 "version.cfg, compiler/version.info): the installation is not whole; install it again")
     if not cann.version.startswith(tuple(f"{version}." for version in CANN_VERSIONS)):
         return f"CANN {cann.version} at {cann.home} is not one of {', '.join(CANN_VERSIONS)}: {_WHERE_CANN}"
-    templates = (cann.home / "tools/op_project_templates/ascendc/customize",
-                 cann.home / "tools/msopgen/template/operator_demo_projects/ascendc_operator_sample")
-    if not any(path.is_dir() for path in templates):
-        return (f"CANN at {cann.home} has no project template ({templates[0]}): it is the runtime (nnrt, nnae), which "
+    templates = cann.home / "tools/op_project_templates/ascendc"
+    sample = cann.home / "tools/msopgen/template/operator_demo_projects/ascendc_operator_sample"
+    if not ((templates / "customize").is_dir() and (templates / "common").is_dir()) and not sample.is_dir():
+        return (f"CANN at {cann.home} has no project template ({templates}): it is the runtime (nnrt, nnae), which "
                 f"cannot build; {_WHERE_CANN}")
     if not [*cann.home.glob("*/ccec_compiler/bin/ccec"), *cann.home.glob("*/ccec_compiler/bin/bisheng")]:
         return f"CANN at {cann.home} has no kernel compiler (compiler/ccec_compiler/bin): {_WHERE_CANN}"
@@ -193,34 +194,44 @@ def check(vendor, socs, environment, say=print):
     tools = missing_tools()
     builds &= report(not tools, f"not on PATH: {', '.join(tools)}; a build needs them" if tools
                      else "bash, cmake, make, g++")
-    digest = sources_digest()
     kernels = _kernels(place for place, _ in _sources())
-    report(True, f"sources: {len(kernels)} operators ({', '.join(kernels)}), sha256 {digest[:16]}")
-    packages = find_packages(vendor, environment)
-    if packages:
-        usable &= _report_package(packages[0], digest, socs, report)
-    else:
-        where = "ASCEND_CUSTOM_OPP_PATH and ASCEND_OPP_PATH/vendors"
-        usable = report(False, f"no package {vendor} in {where}: build it with `{_COMMAND}`, then export the line that "
-                               "it prints")
+    report(True, f"sources: {len(kernels)} operators ({', '.join(kernels)}), sha256 {sources_digest()[:16]}")
+    try:
+        package = usable_package(socs, environment, vendor)
+        report(True, f"package {package.folder}, of these sources, built with CANN {package.manifest['cann']}")
+    except ValueError as error:
+        usable = report(False, error)
     if usable and not builds:
         say("The package can be used, but not built on this machine.")
     say(NOT_RUN)
     return usable
 
 
-def _report_package(package, digest, socs, report):
+def usable_package(socs, environment, vendor=VENDOR):
+    """The Package that MindSpore finds, if it has these sources and chips. Raises ValueError that says what to do."""
+    packages = find_packages(vendor, environment)
+    if not packages:
+        raise ValueError(f"no package {vendor} in ASCEND_CUSTOM_OPP_PATH and ASCEND_OPP_PATH/vendors: build it with "
+                         f"`{_COMMAND}`, then export the line that it prints")
+    package = packages[0]
     if package.manifest is None:
-        return report(False, f"package {package.folder} was not installed by `{_COMMAND}`: which sources it has is "
-                             "unknown; build it again")
-    if package.manifest["sha256"] != digest:
-        return report(False, f"package {package.folder} is of other sources (sha256 "
-                             f"{package.manifest['sha256'][:16]}): build it again")
+        raise ValueError(f"package {package.folder} was not installed by `{_COMMAND}`: which sources it has is "
+                         "unknown; build it again")
+    if package.manifest["sha256"] != sources_digest():
+        raise ValueError(f"package {package.folder} is of other sources (sha256 {package.manifest['sha256'][:16]}): "
+                         f"build it again with `{_COMMAND}`")
     absent = sorted(set(socs) - set(package.manifest["socs"]))
     if absent:
-        return report(False, f"package {package.folder} is for {', '.join(package.manifest['socs'])}, not for "
-                             f"{', '.join(absent)}: build it again")
-    return report(True, f"package {package.folder}, of these sources, built with CANN {package.manifest['cann']}")
+        raise ValueError(f"package {package.folder} is for {', '.join(package.manifest['socs'])}, not for "
+                         f"{', '.join(absent)}: build it again with `{_COMMAND} --soc "
+                         f"{','.join([*package.manifest['socs'], *absent])}`")
+    # ops.Custom compiles a function for each operator, against CANN's headers beside ASCEND_OPP_PATH.
+    if not environment.get("ASCEND_OPP_PATH"):
+        raise ValueError("ASCEND_OPP_PATH is not set, by which MindSpore finds CANN's headers: run `source set_env.sh` "
+                         "of CANN")
+    if shutil.which("g++") is None:
+        raise ValueError("no g++, with which MindSpore compiles its calls of operators: install it")
+    return package
 
 
 def _kernels(places):
@@ -275,7 +286,6 @@ def build(socs, vendor, output, install, environment, say=print):
     compiler.mkdir()
     for name in ("setup.py", "start.sh"):
         shutil.copyfile(builder.parent / name, compiler / name)
-    base.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "setup.py", f"--op_host_path={work}/op_host", f"--op_kernel_path={work}/op_kernel",
                f"--vendor_name={vendor}", f"--soc_version={';'.join(socs)}",
                f"--ascend_cann_package_path={cann.home}", f"--install_path={base}"]
@@ -307,7 +317,7 @@ def main(arguments=None):
                                      epilog=NOT_RUN)
     parser.add_argument("--check", action="store_true", help="say what is here and what is missing; builds nothing")
     parser.add_argument("--soc", help=f"chips, with commas, of {', '.join(SOCS)} (default: this machine's)")
-    parser.add_argument("--vendor", default="pangu", help="name of the package's folder (default: pangu)")
+    parser.add_argument("--vendor", default=VENDOR, help="name of the package's folder (default: %(default)s)")
     parser.add_argument("--output", default="build/ascend_kernels",
                         help="folder that gets the .run package (default: %(default)s)")
     parser.add_argument("--install", help="folder that gets vendors/VENDOR (default: that of the entry in "

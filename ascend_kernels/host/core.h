@@ -100,7 +100,7 @@ struct Core {
 struct GmBuffer {
     uint8_t* data = nullptr;
     int64_t bytes = 0;
-    bool writable = false, initialised = false;
+    bool writable = false, initialised = false, is_workspace = false;
     std::string name;
     uint8_t* storage = nullptr;
     uint8_t* written = nullptr;      // per byte; null where the host initialised all
@@ -122,7 +122,7 @@ struct Site {
 };
 
 struct Counters {
-    int64_t gm_bytes_read, gm_bytes_written, vector_instructions, cube_flops, ub_bytes_used;
+    int64_t gm_bytes_read, gm_bytes_written, workspace_bytes, vector_instructions, cube_flops, ub_bytes_used;
 };
 
 struct Launch {

@@ -53,12 +53,14 @@ class Report:
     """What a launch moved and issued, all cores together.
 
     gm_bytes_read, gm_bytes_written: bytes of GM that copies, scalar accesses and Matmul moved, padding left out; Matmul
-    counts A, B and the bias once and C once for each IterateAll. vector_instructions: repeats (256 bytes each) issued.
+    counts A, B and the bias once and C once for each IterateAll. workspace_bytes: those of both that were of the
+    workspace, which a chip's L2 may hold. vector_instructions: repeats (256 bytes each) issued.
     cube_flops: 2*M*N*K of the real sizes. ub_bytes_used: the most that a core allocated at a time.
     """
 
     gm_bytes_read: int
     gm_bytes_written: int
+    workspace_bytes: int
     vector_instructions: int
     cube_flops: int
     ub_bytes_used: int

@@ -296,6 +296,7 @@ void Instruction::ReadGm(const uint8_t* begin, int64_t bytes)
         buffer.reader[i] = now;
     }
     launch->counters.gm_bytes_read += bytes;
+    launch->counters.workspace_bytes += buffer.is_workspace ? bytes : 0;
 }
 
 void Instruction::WriteGm(uint8_t* begin, int64_t bytes, int atomic_type)
@@ -334,6 +335,7 @@ void Instruction::WriteGm(uint8_t* begin, int64_t bytes, int atomic_type)
         memset(flags, 1, bytes);
     }
     launch->counters.gm_bytes_written += bytes;
+    launch->counters.workspace_bytes += buffer.is_workspace ? bytes : 0;
 }
 
 uint32_t Instruction::WriterOf(const uint8_t* address) const
@@ -1209,6 +1211,7 @@ extern "C" __attribute__((visibility("default"))) int pangu_launch(const PanguLa
                                      static_cast<long long>(request->workspace_bytes))};
             }
             state.gm.push_back(NewGm("the workspace", nullptr, request->workspace_bytes - system, true));
+            state.gm.back().is_workspace = true;
             state.user_workspace = state.gm.back().data;
             state.workspace = reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(state.user_workspace) - system);
         }

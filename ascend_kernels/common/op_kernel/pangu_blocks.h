@@ -1,4 +1,4 @@
-// Numbers of rows as blocks: one number for each row, repeated in 32 bytes, is the second operand of instructions on rows.
+// A number for each row, repeated in 32 bytes (a block), is the second operand of instructions on rows.
 #pragma once
 
 #include "pangu_kernel.h"
@@ -8,8 +8,8 @@ namespace pangu_kernel {
 constexpr int32_t kLanes = 64;  // floats in one repeat of a vector instruction
 constexpr int32_t kBlock = 8;   // floats in 32 bytes
 
-// offsets[i] = 4 (i / 8): Gather with them repeats each of `rows` numbers in a block of its own. They are there after the
-// next barrier of the vector unit.
+// offsets[i] = 4 (i / 8): Gather with them repeats each of `rows` numbers in a block of its own. They are there after
+// the next barrier of the vector unit.
 __aicore__ inline AscendC::LocalTensor<uint32_t> BlockOffsets(AscendC::TBuf<AscendC::TPosition::VECCALC>& buffer,
                                                               int32_t rows) {
   const AscendC::LocalTensor<int32_t> offsets = buffer.Get<int32_t>();

@@ -50,7 +50,7 @@ class PanguPackedAttention : public packed_attention::Definition {
     SetInferShape(packed_attention::InferForwardShapes);
     SetInferDataType(packed_attention::InferForwardTypes);
     AICore().SetTiling(packed_attention::TileForward);
-    AddChips({"q", "k", "v"}, {}, {"out"}, {"lse"});
+    AddChips();
   }
 };
 OP_ADD(PanguPackedAttention);

@@ -51,7 +51,7 @@ class PanguPackedAttentionGrad : public packed_attention::Definition {
     SetInferShape(packed_attention::InferBackwardShapes);
     SetInferDataType(packed_attention::InferBackwardTypes);
     AICore().SetTiling(packed_attention::TileBackward);
-    AddChips({"q", "k", "v", "out", "dout"}, {"lse"}, {"dq", "dk", "dv"}, {});
+    AddChips();
   }
 };
 OP_ADD(PanguPackedAttentionGrad);

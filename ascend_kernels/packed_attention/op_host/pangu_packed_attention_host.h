@@ -102,7 +102,7 @@ inline ge::graphStatus SetTiling(gert::TilingContext* context, const Size& size,
   product.SetOrgShape(std::max(rows, columns), std::max(columns, size.H), longest);
   product.EnableBias(false);
   product.SetBufferSpace(-1, -1, -1);
-  PANGU_EXPECT(context, product.GetTiling(data.product) == 0, "the chip", "%s", "has no tiling for the products");
+  PANGU_EXPECT(context, product.GetTiling(data.product) != -1, "the chip", "%s", "has no tiling for the products");
 
   data.set_num_tokens(size.T);
   data.set_num_heads(size.N);
@@ -123,7 +123,6 @@ inline ge::graphStatus SetTiling(gert::TilingContext* context, const Size& size,
   return ge::GRAPH_SUCCESS;
 }
 
-// 310B has no bfloat16 in its vector unit.
 class Definition : public ops::OpDef {
  protected:
   using OpDef::OpDef;
@@ -131,17 +130,9 @@ class Definition : public ops::OpDef {
   void AddInput(const char* name, ge::DataType type) { pangu::SetTypes(Input(name), {type, type}); }
   void AddOutput(const char* name) { pangu::SetTypes(Output(name), {ge::DT_FLOAT16, ge::DT_BF16}); }
   void AddOutput(const char* name, ge::DataType type) { pangu::SetTypes(Output(name), {type, type}); }
-  // halves, floats, int64s: names of the inputs and outputs of these types on 310B.
-  void AddChips(const std::vector<const char*>& half_inputs, const std::vector<const char*>& float_inputs,
-                const std::vector<const char*>& half_outputs, const std::vector<const char*>& float_outputs) {
+  void AddChips() {
     AICore().AddConfig("ascend910b");
-    ops::OpAICoreConfig on_310b;
-    for (const char* name : half_inputs) pangu::SetTypes(on_310b.Input(name), {ge::DT_FLOAT16});
-    for (const char* name : float_inputs) pangu::SetTypes(on_310b.Input(name), {ge::DT_FLOAT});
-    pangu::SetTypes(on_310b.Input("cu_seqlens"), {ge::DT_INT64});
-    for (const char* name : half_outputs) pangu::SetTypes(on_310b.Output(name), {ge::DT_FLOAT16});
-    for (const char* name : float_outputs) pangu::SetTypes(on_310b.Output(name), {ge::DT_FLOAT});
-    AICore().AddConfig("ascend310b", on_310b);
+    AICore().AddConfig("ascend310b");
   }
 };
 

@@ -5,21 +5,31 @@
 // of the [T, T] scores of a head; a strip is the rows of a tile that are in UB together.
 #pragma once
 
-#include "pangu_kernel.h"
+#include "pangu_blocks.h"
 
 #include "lib/matmul_intf.h"
 
 namespace packed_attention {
 
 using namespace AscendC;
+using pangu_kernel::BlockOffsets;
+using pangu_kernel::ByRowAndBlock;
+using pangu_kernel::kBlock;
+using pangu_kernel::kLanes;
 using pangu_kernel::Sync;
 
-constexpr int32_t kLanes = 64;     // floats in one repeat of a vector instruction
-constexpr int32_t kBlock = 8;      // floats in 32 bytes
 constexpr int32_t kMaxRows = 128;  // of a tile
 constexpr int32_t kMaxGroups = 8;  // of 64 columns in a tile
 constexpr float kLowest = -3e38f;  // finite: exp(-inf minus it) is 0
 constexpr float kMinusInf = -__builtin_inff();
+
+// Probabilities are multiplied with this and their sums divided by it: half holds those of 2^-29 and more with all bits
+// then, instead of 2^-14. A row of 32768 tokens has many between.
+template <typename T>
+constexpr float kBoost = 1.0f;
+template <>
+constexpr float kBoost<half> = 32768.0f;
+constexpr float kLogOfBoost = 10.397207708f;
 
 // Products of matrices in GM; either operand may be transposed.
 template <typename T>
@@ -122,11 +132,6 @@ __aicore__ inline UnaryRepeatParams ByRow(int32_t stride) {
   return UnaryRepeatParams(1, 1, stride / kBlock, stride / kBlock);
 }
 
-// The second operand is a block for each row.
-__aicore__ inline BinaryRepeatParams ByRowAndBlock(int32_t stride) {
-  return BinaryRepeatParams(1, 1, 0, stride / kBlock, stride / kBlock, 1);
-}
-
 __aicore__ inline void Scale(const LocalTensor<float>& x, float factor, int32_t rows, int32_t columns, int32_t stride) {
   for (int32_t c = 0; c < columns; c += kLanes) {
     Muls(x[c], x[c], factor, LanesFrom(c, columns), rows, ByRow(stride));
@@ -207,18 +212,6 @@ __aicore__ inline void StoreStrip(TQue<TPosition::VECOUT, 2>& queue, const Globa
   DataCopyPad(to, strip,
               DataCopyExtParams(rows, columns * sizeof(T), stride / unit - blocks, (gm_stride - columns) * sizeof(T), 0));
   queue.FreeTensor(strip);
-}
-
-// offsets[i] = 4 (i / 8): Gather with them repeats each number of a row in a block of its own.
-__aicore__ inline LocalTensor<uint32_t> BlockOffsets(TBuf<TPosition::VECCALC>& buffer, int32_t rows) {
-  const LocalTensor<int32_t> offsets = buffer.Get<int32_t>();
-  const int32_t count = rows * kBlock;
-  CreateVecIndex(offsets, 0, count);
-  PipeBarrier<PIPE_V>();
-  ShiftRight(offsets, offsets, 3, count);
-  PipeBarrier<PIPE_V>();
-  ShiftLeft(offsets, offsets, 2, count);
-  return offsets.ReinterpretCast<uint32_t>();
 }
 
 }  // namespace packed_attention

@@ -156,7 +156,7 @@ class Backward {
     ClearSums(2, count_ * head_size_);
     Accumulate<true>((end_ - keys + rows_ - 1) / rows_ * group);
     StoreSum(sums_[0], scale_, dk_[KeyOf(keys, kv_head)], count_, num_kv_heads_ * head_size_);
-    StoreSum(sums_[1], 1.0f, dv_[KeyOf(keys, kv_head)], count_, num_kv_heads_ * head_size_);
+    StoreSum(sums_[1], 1.0f / kBoost<T>, dv_[KeyOf(keys, kv_head)], count_, num_kv_heads_ * head_size_);
   }
 
   template <bool of_keys>
@@ -318,6 +318,10 @@ class Backward {
       }
       if constexpr (of_keys) {
         LocalTensor<T> probabilities = out_.AllocTensor<T>();
+        if constexpr (kBoost<T> != 1.0f) {
+          Scale(x, kBoost<T>, rows, columns, columns_);
+          PipeBarrier<PIPE_V>();
+        }
         Narrow<T>(probabilities, x, rows, columns, columns_);
         StoreStrip<T>(out_, probabilities_[slot][place], probabilities, rows, columns, columns_, columns_);
       }

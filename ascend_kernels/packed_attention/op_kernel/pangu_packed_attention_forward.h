@@ -163,7 +163,7 @@ class Forward {
     }
   }
 
-  // Leaves scale x - maximum in x, and in factors_ what the sums so far are multiplied with.
+  // Leaves scale x - maximum + ln(boost) in x, and in factors_ what the sums so far are multiplied with.
   __aicore__ inline void UpdateMaximum(const LocalTensor<float>& x, int32_t step, int32_t first, int32_t rows,
                                        int32_t columns) {
     const LocalTensor<float> max = max_[first], sum = sum_[first], factors = factors_[(step % 2 * rows_ + first) * kBlock];
@@ -181,6 +181,10 @@ class Forward {
     Muls(row_, groups_, scale_, rows);
     Scale(x, scale_, rows, columns, columns_);
     PipeBarrier<PIPE_V>();
+    if constexpr (kBoost<T> != 1.0f) {
+      Adds(row_, row_, -kLogOfBoost, rows);
+      PipeBarrier<PIPE_V>();
+    }
     Max(new_max_, max, row_, rows);
     PipeBarrier<PIPE_V>();
     Sub(row_, max, new_max_, rows);
@@ -266,7 +270,7 @@ class Forward {
   TBuf<TPosition::VECCALC> sum_of_values_buffer_, offsets_buffer_, factors_buffer_, rows_buffer_, strip_buffer_;
   LocalTensor<float> sum_of_values_;                     // [rows, H]
   LocalTensor<float> factors_;                           // [2, rows], a block each
-  LocalTensor<float> max_, sum_;                         // [rows]
+  LocalTensor<float> max_, sum_;                         // [rows]; the maxima are scaled and less ln(boost)
   LocalTensor<float> groups_, blocks_, row_, new_max_;   // [8, strip], [strip] blocks, [strip], [strip]
   LocalTensor<uint32_t> offsets_;
 };
