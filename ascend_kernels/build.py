@@ -271,12 +271,20 @@ def build(socs, vendor, output, install, environment, say=print):
         if re.search(r"[^_A-Za-z0-9/.-]", str(path)):
             raise ValueError(f"{path}: MindSpore's builder allows only letters, digits, / _ . - in paths; give others "
                              "with --output and --install")
+    for option, folder in (("--output", output), ("--install", base)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{option}: cannot make {folder} ({error.strerror}); give another folder") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{option}: {folder} is not writable; give another folder")
     work = output / "work"
     if work.exists():
         shutil.rmtree(work)
     texts = stage(work)
+    chips_of = {kernel: _chips(kernel, texts, socs) for kernel in _kernels(texts)}
     for soc in socs:
-        if not any(f'AddConfig("{soc}"' in text for place, text in texts.items() if place.startswith("op_host/")):
+        if not any(soc in chips for chips in chips_of.values()):
             raise ValueError(f"--soc {soc}: no operator is for it")
     say(NOT_RUN)
     say(f"building {len(_kernels(texts))} operators for {', '.join(socs)} with CANN {cann.version}; minutes. Log: "
@@ -296,7 +304,7 @@ def build(socs, vendor, output, install, environment, say=print):
         shutil.copy2(package, output)
         say(f"package: {output / package.name}")
     folder = base / "vendors" / vendor
-    _verify(folder, _kernels(texts))
+    _verify(folder, chips_of)
     manifest = {"sha256": sources_digest(), "socs": socs, "cann": cann.version, "vendor": vendor}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     say(f"installed: {folder}")
@@ -304,12 +312,34 @@ def build(socs, vendor, output, install, environment, say=print):
     return folder
 
 
-def _verify(folder, kernels):
-    """What MindSpore and CANN will look for in an installed package is there."""
-    expected = ["op_api/lib/libcust_opapi.so", *(f"op_api/include/aclnn_{kernel}.h" for kernel in kernels)]
+def _verify(folder, chips_of):
+    """What MindSpore and CANN will look for in an installed package is there. chips_of: {kernel: its chips}."""
+    expected = ["op_api/lib/libcust_opapi.so", *(f"op_api/include/aclnn_{kernel}.h" for kernel in chips_of)]
+    described = {}
+    for soc in sorted({soc for chips in chips_of.values() for soc in chips}):
+        path = f"op_impl/ai_core/tbe/config/{soc}/aic-{soc}-ops-info.json"
+        expected.append(path)
+        if (folder / path).is_file():
+            operators = json.loads((folder / path).read_text("utf-8")).values()
+            described[soc] = {operator["opFile"]["value"] for operator in operators}
     absent = [path for path in expected if not (folder / path).is_file()]
+    absent += [f"{kernel} for {soc}" for kernel, chips in chips_of.items() for soc in chips
+               if soc in described and kernel not in described[soc]]
     if absent:
         raise ValueError(f"the build ended without an error, but {folder} lacks {', '.join(absent)}")
+
+
+def _chips(kernel, texts, socs):
+    """Those of socs that the operator's definition adds, in its op_host source or what that includes."""
+    found, waiting = set(), [f"op_host/{kernel}.cpp"]
+    read = set()
+    while waiting:
+        place = waiting.pop()
+        if place in texts and place not in read:
+            read.add(place)
+            found |= set(re.findall(r'AddConfig\("(\w+)"', texts[place]))
+            waiting += [f"op_host/{name}" for name in re.findall(r'#include "([^"]+)"', texts[place])]
+    return [soc for soc in socs if soc in found]
 
 
 def main(arguments=None):

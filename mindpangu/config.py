@@ -226,10 +226,15 @@ class RunConfig(_Section):
     dir: str | None = None  # this run's folder; null: root/<recipe>-<scale>-<key>
     device: str = "CPU"  # CPU | Ascend
     mode: str = "graph"  # graph | eager (for debugging)
-    kernels: str = "native"  # native | reference: on CPU the library of ops/cpu, built on first use
+    # native: on CPU the library of ops/cpu, built on first use; on Ascend CANN's own and ascend_kernels' operators |
+    # reference: MindSpore's general operations | ascendc_host, on CPU: attention and losses run the operators' AscendC
+    # sources on a model of the 910B that checks every instruction; for tests: slow, in precision bfloat16 or float16,
+    # model.head_dim 64 or 128.
+    kernels: str = "native"
     reference_ops: list[str] = field(default_factory=list)  # ops that use their reference all the same
     # float32 | bfloat16 | float16 activations, master weights are float32. On CPU tensors stay float32, and bfloat16 is
-    # what matrix products and attention round their operands to.
+    # what matrix products and attention round their operands to. float16 there needs kernels=ascendc_host, and is what
+    # attention and losses round to.
     precision: str = "float32"
     num_threads: int = 0  # 0: all cores that the process may use
     logits_chunk: int = 1024  # positions whose logits exist at a time
@@ -241,9 +246,13 @@ class RunConfig(_Section):
     def check(self):
         _one_of("run.device", self.device, ("CPU", "Ascend"))
         _one_of("run.mode", self.mode, ("graph", "eager"))
-        _one_of("run.kernels", self.kernels, ("native", "reference"))
+        _one_of("run.kernels", self.kernels, ("native", "reference", "ascendc_host"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16", "float16"))
-        if self.device == "CPU":
+        if self.kernels == "ascendc_host":
+            _require(self.device == "CPU", f"run.kernels=ascendc_host with run.device={self.device}: it runs the "
+                                           "AscendC sources on a CPU; on Ascend run.kernels=native calls them.")
+            _one_of("run.precision with run.kernels=ascendc_host", self.precision, ("bfloat16", "float16"))
+        elif self.device == "CPU":
             _one_of("run.precision with run.device=CPU", self.precision, ("float32", "bfloat16"))
             _require(self.kernels == "native" or self.precision == "float32",
                      f"run.precision={self.precision} with run.kernels=reference: the reference ops compute in float32 "
@@ -280,6 +289,11 @@ class Recipe(_Section):
         _require(self.data.seq_len <= self.model.max_seq_len,
                  f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "
                  "shorten data.seq_len or choose a longer model.")
+        _require(self.run.kernels != "ascendc_host" or "attention" in self.run.reference_ops or
+                 self.model.head_dim in (64, 128),
+                 f"model.head_dim={self.model.head_dim} of recipe={self.recipe} with run.kernels=ascendc_host: the "
+                 "attention operator takes 64 or 128; set model.head_dim=64 (of a teacher in its own run, then "
+                 "teacher=<run folder>) or run.reference_ops=[attention].")
         if self.task == "distill":
             _require(self.teacher is not None, "teacher is missing: a distillation recipe needs a recipe's name, a run "
                                                "folder or a Hugging Face folder, for example teacher=sft_teacher.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mindpangu"
+OPERATORS = PACKAGE.parent / "ascend_kernels"
 ALLOWED = {
     "config": set(),
     "data": {"config"},
@@ -16,7 +17,9 @@ ALLOWED = {
     "model": {"ops", "config"},
     "distillation": {"model", "data", "rewards", "config"},
     "trainers": {"model", "data", "rewards", "config", "ops", "distillation"},
-    "runtime": {"config", "ops"},  # ops: the choice of kernels when a process starts, and the optimizer's update
+    # ops: the choice of kernels when a process starts, and the optimizer's update; ascend_kernels: the operators' host
+    # build, which that choice hands to ops, and whether a device has them.
+    "runtime": {"config", "ops", "ascend_kernels"},
 }
 NEVER_MINDSPORE = ("config", "data", "rewards")
 NUMPY_ONLY = ("distillation/cache.py", "model/size.py", "model/weights.py", "runtime/checkpoint.py",
@@ -53,6 +56,15 @@ def test_a_module_imports_only_what_its_place_allows(path):
     assert not ours & (ENTRY_POINTS - {unit}), "nobody imports an entry point"
     if unit in ALLOWED:
         assert ours <= ALLOWED[unit] | {unit}
+
+
+@pytest.mark.parametrize("path", sorted(OPERATORS.rglob("*.py")), ids=lambda path: str(path.relative_to(OPERATORS)))
+def test_the_operators_stand_alone(path):
+    """They have two names, ascend_kernels and mindpangu.ascend_kernels, and are built where MindSpore is not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    assert not {"mindspore", "mindpangu", "ascend_kernels"} & {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def installed(tmp_path_factory):
     """A folder that holds what `pip install .` puts into site-packages, built from a copy of the sources."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("mindpangu", "recipes", "tools", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("mindpangu", "recipes", "tools", "ascend_kernels", "setup.py", "pyproject.toml", "README.md",
+                 "LICENSE"):
         subprocess.run(["cp", "-a", ROOT / name, source], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target",
                     target, source], check=True, cwd=source)
@@ -35,6 +36,19 @@ def test_recipes_and_tools_travel_inside_the_package(installed, tmp_path):
     subprocess.run([sys.executable, "-m", "mindpangu.tools.report", "--help"], cwd=tmp_path, env=environment,
                    check=True, capture_output=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ascendc_operators_travel_inside_the_package(installed, tmp_path):
+    suffixes = (".cpp", ".h", ".cc", ".py", ".md")
+    sources = [path for path in (ROOT / "ascend_kernels").rglob("*") if path.suffix in suffixes]
+    assert len(sources) > 40
+    for path in sources:
+        assert (installed / "mindpangu/ascend_kernels" / path.relative_to(ROOT / "ascend_kernels")).is_file(), path
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-m", "mindpangu.ascend_kernels.build", "--check"], cwd=tmp_path,
+                          env=environment, capture_output=True, text=True)
+    assert "pangu_topk_kl" in done.stdout
+    assert "Not run on a device" in done.stdout
 
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 12), (3, 14)])

@@ -82,7 +82,24 @@ def packed_attention_rows(num_tokens=2048, num_heads=12, num_kv_heads=6, head_si
                       (34 + 8 + 12 + 4 + 8 + 12 + 8 + 6 + 6) * scores + tensors, tensors)
 
 
-TABLES = {"topk_kl": topk_kl_rows, "packed_attention": packed_attention_rows}
+def decode_attention_rows(num_heads=12, num_kv_heads=6, head_size=128):
+    """One token against a full cache."""
+    random = np.random.default_rng(0)
+    for num_positions in (1024, 8192):
+        q = random.normal(0, 1, (1, num_heads, head_size)).astype(np.float16)
+        k, v = (random.normal(0, 1, (1, num_kv_heads, head_size)).astype(np.float16) for _ in range(2))
+        caches = [random.normal(0, 1, (1, num_kv_heads, num_positions, head_size)).astype(np.float16) for _ in range(2)]
+        inputs = [q, k, v, *caches, np.array([num_positions - 1], np.int32)]
+        for soc in PEAKS:
+            _, report = Operators(soc).launch("PanguDecodeAttention", inputs, (head_size**-0.5,))
+            # BatchMatMul out, Mul, Add of the mask, Cast, Softmax, Cast, BatchMatMul in, over the scores.
+            scores, tensors = num_heads * num_positions, 2 * caches[0].nbytes + 4 * k.nbytes + 2 * q.nbytes
+            yield Row(f"one token, {num_positions} cached", soc, report,
+                      (2 + 4 + 4 + 6 + 8 + 6 + 2) * scores + 2 * num_positions + tensors, tensors)
+
+
+TABLES = {"topk_kl": topk_kl_rows, "packed_attention": packed_attention_rows,
+          "decode_attention": decode_attention_rows}
 
 
 def table(rows):

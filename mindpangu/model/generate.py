@@ -39,9 +39,7 @@ class _Prefill(nn.Cell):
 
     def construct(self, tokens_T, positions_T, cu_seqlens_C, slots_R):
         _, keys, values = self.model.prefill(tokens_T, positions_T, cu_seqlens_C, self.prompt_len)
-        num_kv_heads = keys[0].shape[1]
-        rows = ops.expand_dims(slots_R * num_kv_heads, 1) + ops.expand_dims(ops.arange(num_kv_heads), 0)
-        rows = rows.reshape(-1, 1)
+        rows = ops.expand_dims(slots_R, 1)
         written = slots_R
         for i in range(len(keys)):
             k = ops.scatter_nd_update(self.k_caches[i], rows, self.as_cache_rows(keys[i]))
@@ -50,12 +48,11 @@ class _Prefill(nn.Cell):
         return written
 
     def as_cache_rows(self, x_TMH):
-        """[R * P, M, H] -> [R * M, S, H]; what lies behind the prompt is written before it is read."""
+        """[R * P, M, H] -> [R, M, S, H]; what lies behind the prompt is written before it is read."""
         num_kv_heads, head_dim = x_TMH.shape[1:]
         x = x_TMH.reshape(-1, self.prompt_len, num_kv_heads, head_dim).transpose(0, 2, 1, 3)
-        x = x.reshape(-1, self.prompt_len, head_dim)
-        behind = self.k_caches[0].shape[1] - self.prompt_len
-        return ops.concat((x, ops.zeros((x.shape[0], behind, head_dim), x.dtype)), 1)
+        behind = self.k_caches[0].shape[2] - self.prompt_len
+        return ops.concat((x, ops.zeros((x.shape[0], num_kv_heads, behind, head_dim), x.dtype)), 2)
 
 
 class _Decode(nn.Cell):
@@ -114,7 +111,7 @@ class Generator:
             raise ValueError(f"prompts of {prompt_len} and answers of {max_new_tokens} tokens exceed "
                              f"model.max_seq_len={config.max_seq_len}: shorten rollout.max_prompt_len or "
                              "rollout.max_new_tokens.")
-        shape = (num_slots * config.num_kv_heads, cache_len, config.head_dim)
+        shape = (num_slots, config.num_kv_heads, cache_len, config.head_dim)
 
         def caches(kind):
             return ParameterTuple([Parameter(ops.zeros(shape, model.dtype), name=f"{kind}_cache.{i}",

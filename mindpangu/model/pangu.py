@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.np_dtype import bfloat16
 
-from ..ops.attention import attention, cached_attention
+from ..ops.attention import attention, decode_attention
 from ..ops.linear import linear
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import inverse_frequencies, rope_tables, split_rope
@@ -68,15 +68,9 @@ class Layer(nn.Cell):
         return self.finish(h_TD, attention(q, k, v, cu_seqlens_C, row_len)), k, v
 
     def decode(self, h_BD, cos, sin, k_cache, v_cache, positions_B):
-        """One new token per sequence; the caches are Parameters [B * M, S, H], written in place at positions_B."""
+        """One new token per sequence; the caches are Parameters [B, M, S, H], written in place at positions_B."""
         q, k, v = self.project_qkv(h_BD, cos, sin)
-        batch = h_BD.shape[0]
-        slots = ops.arange(batch * self.num_kv_heads)
-        position = ops.broadcast_to(ops.expand_dims(ops.cast(positions_B, slots.dtype), 1), (batch, self.num_kv_heads))
-        index = ops.stack((slots, position.reshape(-1)), -1)
-        k_cache = ops.scatter_nd_update(k_cache, index, k.reshape(-1, self.head_dim))
-        v_cache = ops.scatter_nd_update(v_cache, index, v.reshape(-1, self.head_dim))
-        return self.finish(h_BD, cached_attention(q, k_cache, v_cache, positions_B))
+        return self.finish(h_BD, decode_attention(q, k, v, k_cache, v_cache, positions_B))
 
 
 class Pangu(nn.Cell):
@@ -145,7 +139,7 @@ class Pangu(nn.Cell):
         return self.final_norm(h), keys, values
 
     def decode(self, tokens_B, positions_B, k_caches, v_caches):
-        """Logits [B, V] of one more token per sequence; the caches (a Parameter [B * M, S, H] a layer) are written."""
+        """Logits [B, V] of one more token per sequence; the caches (a Parameter [B, M, S, H] a layer) are written."""
         cos, sin = rope_tables(positions_B, self.inverse_frequencies, self.dtype)
         h = self.embed(tokens_B)
         for i in range(len(self.layers)):

@@ -9,8 +9,8 @@ from mindspore.ops.primitive import constexpr
 
 from . import kernels
 from .cross_entropy import cross_entropy
-from .kernels import is_native
-from .topk_kl import form, topk_kl
+from .kernels import is_ascendc, is_native
+from .topk_kl import form, losses_by_operator, topk_kl
 
 
 class CrossEntropyHead(nn.Cell):
@@ -23,7 +23,18 @@ class CrossEntropyHead(nn.Cell):
     def __init__(self, chunk_size, gradients=True):
         super().__init__()
         self.gradients = gradients
-        self.reference = _ChunkedHead(_cross_entropy_of_chunk, 1, chunk_size, gradients)
+
+        def loss_of_chunk(logits, labels, weights):
+            if is_ascendc("cross_entropy"):
+                # The operator for top-k KL beside a teacher of no weight, whose one token is the label.
+                ce, _, _, _, dlogits = losses_by_operator(logits, labels, ops.expand_dims(labels, 1),
+                                                          ops.zeros((labels.shape[0], 1), ms.float32), weights,
+                                                          ops.zeros_like(weights), with_gradient=gradients)
+            else:
+                ce, dlogits = cross_entropy(logits, labels, weights)
+            return (ce * weights).sum(), ops.stack((weights.sum(),)), dlogits
+
+        self.reference = _ChunkedHead(loss_of_chunk, 1, chunk_size, gradients)
 
     def construct(self, hidden_SD, weight_VD, labels_S, weights_S):
         """Returns sum(weights * ce), differentiable, and metric_sums_1 = [sum(weights)]. Weight 0: not a target."""
@@ -47,7 +58,8 @@ class TopkKlHead(nn.Cell):
 
         def loss_of_chunk(logits, labels, weights, teacher_ids, teacher_logprobs):
             ce, kl, mass, agreement, dlogits = topk_kl(logits, labels, teacher_ids, teacher_logprobs,
-                                                       weights * ce_factor, weights * kl_factor, temperature, tail)
+                                                       weights * ce_factor, weights * kl_factor, temperature, tail,
+                                                       gradients)
             ce_sum, kl_sum = (ce * weights).sum(), (kl * weights).sum()
             metrics = ops.stack((weights.sum(), ce_sum, kl_sum, (mass * weights).sum(), (agreement * weights).sum()))
             return ce_sum * ce_factor + kl_sum * kl_factor, metrics, dlogits
@@ -67,11 +79,6 @@ class TopkKlHead(nn.Cell):
             loss, metrics = _topk_kl_value_kernel()(hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK,
                                                     teacher_logprobs_SK, self.form)
         return loss.reshape(()), metrics
-
-
-def _cross_entropy_of_chunk(logits, labels, weights):
-    ce, dlogits = cross_entropy(logits, labels, weights)
-    return (ce * weights).sum(), ops.stack((weights.sum(),)), dlogits
 
 
 class _ChunkedHead(nn.Cell):

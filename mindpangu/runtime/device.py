@@ -38,7 +38,7 @@ def start(run):
         # Spinning teams collapse when another process takes a core: a step went from 290 to 2200 ms.
         os.environ["OMP_WAIT_POLICY"] = "passive"
     path = None
-    if run.device == "CPU" and run.kernels == "native":
+    if run.device == "CPU" and run.kernels != "reference":
         from ..ops.cpu import build
 
         path = build.build(say=say)
@@ -49,15 +49,43 @@ def start(run):
     from ..ops import kernels
 
     ms.set_device(run.device)
-    chosen = kernels.select(run.kernels, run.reference_ops, run.device, path)
+    ascendc = _ascendc(run, kernels)
+    rounded = getattr(ms, run.precision) if run.kernels == "ascendc_host" else None
+    chosen = kernels.select(run.kernels, run.reference_ops, run.device, path, ascendc, rounded)
     backends = {"native": f"CPU library ({_library.level})" if path else f"{run.device}'s own primitives",
+                "ascendc": "aclnn{} of ascend_kernels (not run on a device by its authors)",
+                "ascendc_host": "{} of ascend_kernels, on a model of the 910B",
                 "reference": "MindSpore's general operations"}
     say(f"device {run.device}, {threads} threads, mode {run.mode}, {run.precision}")
-    say(f"  {'op':<18}{'kernel':<12}backend")
+    say(f"  {'op':<18}{'kernel':<14}backend")
     for op, kernel in chosen.items():
-        say(f"  {op:<18}{kernel:<12}{backends[kernel]}")
+        say(f"  {op:<18}{kernel:<14}{backends[kernel].format(kernels.operator_of(op))}")
+    if ascendc and ascendc.missing:
+        say(f"  no operators of ascend_kernels: {ascendc.missing}")
     _started = (wanted, chosen)
     return chosen
+
+
+def _ascendc(run, kernels):
+    """How this process reaches the operators of ascend_kernels, or None where it cannot."""
+    if run.kernels == "ascendc_host":
+        from ..ascend_kernels.host.operators import Operators
+
+        return kernels.AscendC("ascend910b", run=Operators("ascend910b"))
+    if run.device != "Ascend":
+        return None
+    from mindspore._c_expression import MSContext
+
+    from ..ascend_kernels.build import usable_package
+
+    chip = MSContext.get_instance().get_ascend_soc_version()  # by which MindSpore looks into a package, too
+    if chip not in kernels.ASCENDC_OPS:
+        return kernels.AscendC(chip, missing=f"they are for {', '.join(kernels.ASCENDC_OPS)}, not for {chip}")
+    try:
+        usable_package([chip], os.environ)
+    except ValueError as error:
+        return kernels.AscendC(chip, missing=str(error))
+    return kernels.AscendC(chip)
 
 
 def cpu_library():

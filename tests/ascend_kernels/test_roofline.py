@@ -23,6 +23,11 @@ def test_packed_attention_moves_its_tensors_less_often_than_the_composition():
         assert row.report.cube_flops > 0
 
 
+def test_decoding_reads_its_cache_once():
+    for row in roofline.decode_attention_rows(num_heads=4, num_kv_heads=2):
+        assert row.compulsory_bytes <= row.bytes <= 1.1 * row.compulsory_bytes
+
+
 def test_times_are_the_counts_over_the_chips_peaks():
     row = next(iter(roofline.topk_kl_rows(num_rows=1, vocab_size=4096)))
     memory, with_workspace, cube, vector, composed = row.times_us()
@@ -35,5 +40,5 @@ def test_times_are_the_counts_over_the_chips_peaks():
 def test_command_prints_a_row_for_every_operator_and_chip():
     done = subprocess.run([sys.executable, "-m", roofline.__name__], capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("| 910b", "| 310b"))]
-    assert len(lines) >= 14
+    assert len(lines) == 18
     assert all(line.count("|") == done.stdout.splitlines()[3].count("|") for line in lines)

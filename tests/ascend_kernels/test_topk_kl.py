@@ -310,6 +310,20 @@ def test_agreement_goes_to_the_first_of_equal_logits():
     assert topk_kl(case, "ascend910b", "float32", ub_bytes=SMALL_UB)[0][3].tolist() == [0, 0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("soc", SOCS)
+def test_rows_that_fill_a_batch_up_stay_finite(soc):
+    """Ids 0 throughout, log-probabilities 0, no weight: what batches hold where a row has no target."""
+    case = random_case(15, "float16", 9, 1003, 8)
+    case["ids"][::2], case["logprobs"][::2], case["labels"][::2] = 0, 0, 0
+    case["logits"][::2, 0] = 1
+    case["ce_weights"][::2] = case["kl_weights"][::2] = 0
+    outputs, _ = topk_kl(case, soc, "float16", ub_bytes=SMALL_UB)
+    assert all(np.isfinite(to_float64(values)).all() for values in outputs)
+    np.testing.assert_array_equal(outputs[4][::2], 0)
+    others = {name: values[1::2] for name, values in case.items()}
+    check(others, "float16", [values[1::2] for values in outputs], reference(others, 1.0, "bucket"))
+
+
 def test_masked_token_that_the_teacher_expects_makes_the_kl_infinite():
     case = random_case(14, "float32", 2, 300, 4)
     case["logits"][0, case["ids"][0, 2]] = -np.inf

@@ -174,7 +174,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_full_forward(model_and_gr
     expected = full(*tensors(tokens.reshape(-1), positions, padded(np.arange(batch + 1) * seq_len, 20))).asnumpy()
     expected = expected.reshape(batch, seq_len, -1)
 
-    shape = (batch * config.num_kv_heads, cache_len, config.head_dim)
+    shape = (batch, config.num_kv_heads, cache_len, config.head_dim)
     # What an earlier sequence left behind must not matter.
     caches = [ms.Parameter(Tensor(np.full(shape, 9.0, np.float32)), name=f"cache.{i}")
               for i in range(2 * config.num_layers)]

@@ -386,7 +386,8 @@ class TopkKl {
     if (next < tile_) Duplicate(x[next], kMinusInf, tile_ - next);
   }
 
-  // Reads the logits of the nodes and takes the ids out of the rest.
+  // Reads the logits of the nodes and then takes the ids out of the rest: an id may appear twice, in rows that only fill
+  // a batch up.
   __aicore__ inline void TakeLogits(int32_t r, const LocalTensor<float>& x, int32_t begin) {
     Sync<HardEvent::V_S>();
     for (int32_t node = head_[begin / tile_ % kLists]; node >= 0; node = next_[node]) {
@@ -396,9 +397,10 @@ class TopkKl {
         label_logit_ = x.GetValue(i);
       } else {
         tops_.SetValue(r * kLanes + node, x.GetValue(i));
-        x.SetValue(i, kMinusInf);
       }
     }
+    for (int32_t node = head_[begin / tile_ % kLists]; node >= 0; node = next_[node])
+      if (node != k_ && IsIn(node, begin)) x.SetValue(columns_[node] - begin, kMinusInf);
     Sync<HardEvent::S_V>();
   }
 
