@@ -4,7 +4,7 @@
 
 #include "pangu_decode_attention_tiling.h"
 #include "pangu_op_host.h"
-#include "tiling/platform/platform_ascendc.h"
+#include "pangu_products.h"
 
 namespace decode_attention {
 
@@ -100,19 +100,8 @@ static ge::graphStatus Tile(gert::TilingContext* context) {
   const int64_t worker_bytes = RoundUp(rows * (block * (4 + 2) + size.H * 4), 512);
 
   optiling::PanguDecodeAttentionTilingData data;
-  const auto nd = matmul_tiling::CubeFormat::ND;
-  const auto gm = matmul_tiling::TPosition::GM;
   const int32_t longest = std::max(block, size.H);
-  matmul_tiling::MatmulApiTiling product(platform);
-  product.SetAType(gm, nd, matmul_tiling::DataType::DT_FLOAT16, false);
-  product.SetBType(gm, nd, matmul_tiling::DataType::DT_FLOAT16, true);
-  product.SetCType(gm, nd, matmul_tiling::DataType::DT_FLOAT);
-  product.SetShape(group, longest, longest);
-  product.SetOrgShape(group, longest, longest);
-  product.EnableBias(false);
-  product.SetBufferSpace(-1, -1, -1);
-  PANGU_EXPECT(context, product.GetTiling(data.product) != -1, "the chip", "%s", "has no tiling for the products");
-
+  PANGU_TRY(pangu::TileProducts(context, platform, ge::DT_FLOAT16, group, longest, longest, false, data.product));
   data.set_num_sequences(size.B);
   data.set_num_kv_heads(size.M);
   data.set_num_positions(size.S);

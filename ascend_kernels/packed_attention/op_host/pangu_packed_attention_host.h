@@ -8,7 +8,7 @@
 
 #include "pangu_op_host.h"
 #include "pangu_packed_attention_tiling.h"
-#include "tiling/platform/platform_ascendc.h"
+#include "pangu_products.h"
 
 namespace packed_attention {
 
@@ -88,22 +88,9 @@ inline ge::graphStatus SetTiling(gert::TilingContext* context, const Size& size,
   const int64_t worker_bytes = RoundUp(form.worker_bytes(size, rows, columns), 512);
 
   optiling::PanguPackedAttentionTilingData data;
-  const ge::DataType type = context->GetInputDesc(0)->GetDataType();
-  const matmul_tiling::DataType product_type =
-      type == ge::DT_FLOAT16 ? matmul_tiling::DataType::DT_FLOAT16 : matmul_tiling::DataType::DT_BF16;
-  const auto nd = matmul_tiling::CubeFormat::ND;
-  const auto gm = matmul_tiling::TPosition::GM;
   const int32_t longest = std::max({rows, columns, size.H});
-  matmul_tiling::MatmulApiTiling product(platform);
-  product.SetAType(gm, nd, product_type, true);
-  product.SetBType(gm, nd, product_type, true);
-  product.SetCType(gm, nd, matmul_tiling::DataType::DT_FLOAT);
-  product.SetShape(std::max(rows, columns), std::max(columns, size.H), longest);
-  product.SetOrgShape(std::max(rows, columns), std::max(columns, size.H), longest);
-  product.EnableBias(false);
-  product.SetBufferSpace(-1, -1, -1);
-  PANGU_EXPECT(context, product.GetTiling(data.product) != -1, "the chip", "%s", "has no tiling for the products");
-
+  PANGU_TRY(pangu::TileProducts(context, platform, context->GetInputDesc(0)->GetDataType(), std::max(rows, columns),
+                                std::max(columns, size.H), longest, true, data.product));
   data.set_num_tokens(size.T);
   data.set_num_heads(size.N);
   data.set_num_kv_heads(size.M);
