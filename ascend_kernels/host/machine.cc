@@ -40,6 +40,7 @@ constexpr struct {
 constexpr int64_t kGuard = 512;             // bytes before and after a GM buffer
 constexpr int64_t kSystemWorkspace = 16 << 20;  // RESERVED_WORKSPACE
 constexpr int64_t kCacheLine = 64;
+constexpr char kOnCubeCore[] = "the kernel goes on on the cube core: put this after REGIST_MATMUL_OBJ or in `if ASCEND_IS_AIV`";
 
 const char* PipeName(int pipe) { return kPipeNames[pipe]; }
 
@@ -115,7 +116,7 @@ Instruction::Instruction(const char* api, Pipe pipe, const void* address) : api_
     reads_.clear();
     writes_.clear();
     if (core->type == kAic && pipe != S) {
-        Fail("cube core", "the kernel goes on on the cube core: put this after REGIST_MATMUL_OBJ or in `if ASCEND_IS_AIV`");
+        Fail("cube core", kOnCubeCore);
     }
     Clock& known = core->known[pipe];
     // The scalar unit issues instructions after its own waits.
@@ -161,7 +162,7 @@ void Instruction::FailSync(const char* what, const std::string& where, int from,
 {
     std::string need = from == pipe_ ? Format("PipeBarrier<PIPE_%s>", PipeName(from))
                                      : Format("SetFlag and WaitFlag<HardEvent::%s_%s>", PipeName(from), PipeName(pipe_));
-    Fail("missing sync", Format("%s %s %s of ", PipeName(pipe_), what, where.c_str()) + Place(site) + " on " +
+    Fail("missing sync", Format("%s %s %s ", PipeName(pipe_), what, where.c_str()) + Place(site) + " on " +
                              PipeName(from) + ": needs " + need);
 }
 
@@ -181,7 +182,7 @@ void Instruction::Commit()
         for (int64_t i = range.begin / kBlock; i <= (range.end - 1) / kBlock; ++i) {
             const UbBlock& block = core->blocks[i];
             if (block.write_seq > 0 && !Knows(block.write_pipe, block.write_seq)) {
-                FailSync("reads what is written by", Format("UB block %lld, the result", static_cast<long long>(i)),
+                FailSync("reads what is written by", Format("UB block %lld, the result of", static_cast<long long>(i)),
                          block.write_pipe, core->sites[block.write_pipe][block.write_seq - 1]);
             }
         }
@@ -193,13 +194,13 @@ void Instruction::Commit()
         for (int64_t i = range.begin / kBlock; i <= (range.end - 1) / kBlock; ++i) {
             const UbBlock& block = core->blocks[i];
             if (block.write_seq > 0 && !Knows(block.write_pipe, block.write_seq)) {
-                FailSync("overwrites", Format("UB block %lld, the result", static_cast<long long>(i)), block.write_pipe,
+                FailSync("overwrites", Format("UB block %lld, the result of", static_cast<long long>(i)), block.write_pipe,
                          core->sites[block.write_pipe][block.write_seq - 1]);
             }
             for (int q = 0; q < NUM_PIPES; ++q) {
                 // V issues in order: a read comes before the write of a later instruction.
                 if (block.read_seq[q] > 0 && !(q == V && pipe_ == V) && !Knows(q, block.read_seq[q])) {
-                    FailSync("overwrites", Format("UB block %lld, an input", static_cast<long long>(i)), q,
+                    FailSync("overwrites", Format("UB block %lld, an input of", static_cast<long long>(i)), q,
                              core->sites[q][block.read_seq[q] - 1]);
                 }
             }
@@ -246,14 +247,14 @@ void Instruction::CheckGm(GmBuffer& buffer, uint32_t access, const char* what, c
     std::string where = Format("byte %lld of %s, ", static_cast<long long>(at - buffer.data), buffer.name.c_str());
     if (earlier.core != core->index) {
         if (earlier.epoch == launch->epoch) {
-            Fail("cross-core conflict", Format("%s %s that core %d touched in ", what, where.c_str(), earlier.core) +
+            Fail("cross-core conflict", Format("%s %swhich core %d touched in ", what, where.c_str(), earlier.core) +
                                             Place(earlier.site) + ": nothing orders the two cores");
         }
         return;
     }
     bool same_instruction = earlier.pipe == pipe_ && earlier.seq == seq_;
     if (!same_instruction && !Knows(earlier.pipe, earlier.seq)) {
-        FailSync(what, where + "touched", earlier.pipe, earlier.site);
+        FailSync(what, where + "touched by", earlier.pipe, earlier.site);
     }
 }
 
@@ -377,8 +378,8 @@ static void Wait(const char* api, const void* address, int event, int id)
 
 static void CheckId(const char* api, const void* address, int event, int64_t id)
 {
-    if (id < 0 || id >= kReservedIds) {
-        Fail(api, address, "event flag", Format("HardEvent::%s id %lld: ids are 0 to 5, 6 and 7 are the compiler's",
+    if (id < 0 || id >= kNumIds || (id >= kReservedIds && !core->reserved[event][id])) {
+        Fail(api, address, "event flag", Format("HardEvent::%s id %lld: ids are 0 to 5, and those of AllocEventID",
                                                 kEvents[event].name, static_cast<long long>(id)));
     }
 }
@@ -527,6 +528,9 @@ void ResetPipe(const char* api)
 
 static int AddBuffer(const char* api, const void* address, int64_t bytes, int queue, State state)
 {
+    if (core->type == kAic) {
+        Fail(api, address, "cube core", kOnCubeCore);
+    }
     if (core->pipe == nullptr) {
         Fail(api, address, "TPipe", "no TPipe is alive");
     }
@@ -577,10 +581,6 @@ static Queue& QueueOf(const char* api, const void* address, int queue)
 {
     if (queue < 0) {
         Fail(api, address, "queue", "the queue has no buffers: InitBuffer comes first");
-    }
-    if (core->type == kAic) {
-        Fail(api, address, "cube core", "the kernel goes on on the cube core: put this after REGIST_MATMUL_OBJ or in "
-                                        "`if ASCEND_IS_AIV`");
     }
     return core->queues[queue];
 }
@@ -976,6 +976,8 @@ void WriteGlobal(const char* api, Global dst, uint64_t offset, uint32_t size, co
     CheckGlobal(instruction, dst, to, size);
     instruction.WriteGm(to, size, -1);
     memcpy(to, value, size);
+    // What it writes its own cache holds.
+    core->cached_lines[LineOf(to)] = static_cast<uint32_t>(launch->accesses.size());
     core->dirty_lines.push_back({LineOf(to), SiteOf(api, PANGU_HERE)});
 }
 

@@ -149,6 +149,11 @@ class Op:
         default. cores: another number of cores for the chip (of vector cores where it has them apart: 910B has two per
         cube core); ub_bytes: another UB size. Raises TilingError with what the function said.
         """
+        definition = self._definition
+        if soc not in definition["socs"]:
+            raise ValueError(f"{definition['type']} is defined for {list(definition['socs'])}, not for {soc}.")
+        if len(outputs) != len(definition["outputs"]):
+            raise ValueError(f"{definition['type']}: {len(outputs)} outputs, expected {len(definition['outputs'])}.")
         platform = PLATFORMS[soc]
         if cores is not None:
             per_cube_core = platform.num_aiv // platform.num_aic
@@ -168,9 +173,9 @@ class Op:
             blocks, key, size, num_workspaces, workspace, atomic, schedule = answer
             data = ctypes.string_at(self._dll.pangu_tiling_data(node.handle), size)
         if blocks == 0:
-            raise TilingError(f"{self._definition['type']}: the tiling function did not call SetBlockDim.")
+            raise TilingError(f"{definition['type']}: the tiling function did not call SetBlockDim.")
         if num_workspaces > 1:
-            raise TilingError(f"{self._definition['type']}: {num_workspaces} workspaces, expected one.")
+            raise TilingError(f"{definition['type']}: {num_workspaces} workspaces, expected one.")
         return Tiling(blocks, key, data, workspace, bool(atomic), schedule)
 
     def infer_shape(self, shapes, attrs=()):
@@ -311,6 +316,7 @@ def _checked(raw):
             for param in raw[side]:
                 mine = own.get(param["name"], {})
                 both = param | {key: mine[key] for key in ("dtypes", "formats") if mine.get(key)}
+                both["unknown_shape_formats"] = mine.get("unknown_shape_formats", param["unknown_shape_formats"])
                 if mine and mine["param_type"] and mine["param_type"] != param["param_type"]:
                     raise ValueError(f"{op_type}, {config['soc']}: {param['name']} changes its ParamType.")
                 merged[side][param["name"]] = _param(both, op_type)
@@ -333,5 +339,8 @@ def _param(param, op_type):
         raise ValueError(f"{op_type}: {param['name']} has no DataType.")
     dtypes = [_DTYPE_NAMES[number] for number in param["dtypes"]]
     formats = [_FORMAT_NAMES[number] for number in param["formats"]] or ["ND"] * len(dtypes)
+    if param["unknown_shape_formats"] and len(param["unknown_shape_formats"]) != len(formats):
+        raise ValueError(f"{op_type}: {param['name']} has {len(formats)} formats, and "
+                         f"{len(param['unknown_shape_formats'])} for unknown shapes.")
     return {"name": param["name"], "param_type": _PARAM_TYPES[param["param_type"]], "dtypes": dtypes,
             "formats": formats, "value_depend": param["value_depend"], "init_value": param["init_value"]}

@@ -220,9 +220,9 @@ static uint16_t RoundTo16(float value, int mode, uint16_t (*from)(float), float 
         return nearest;
     }
     auto step = [](uint16_t bits, int by) {
-        int ordered = (bits & 0x8000) != 0 ? -(bits & 0x7fff) : bits;
-        ordered += by;
-        return static_cast<uint16_t>(ordered < 0 ? 0x8000 | -ordered : ordered);
+        bool negative = (bits & 0x8000) != 0;
+        int ordered = (negative ? -(bits & 0x7fff) : bits) + by;
+        return static_cast<uint16_t>(ordered < 0 || (negative && ordered == 0) ? 0x8000 | -ordered : ordered);
     };
     bool over = to(nearest) > value;
     uint16_t low = over ? step(nearest, -1) : nearest, high = over ? nearest : step(nearest, 1);
@@ -384,7 +384,7 @@ static T ComputeInteger(Op op, T a, T b, int64_t scalar)
         case Op::Maxs: return std::max(a, static_cast<T>(scalar));
         case Op::Mins: return std::min(a, static_cast<T>(scalar));
         case Op::ShiftLeft: return static_cast<T>(static_cast<uint64_t>(x) << scalar);
-        default: return static_cast<T>(a >> scalar);
+        default: return scalar < 8 * static_cast<int64_t>(sizeof(T)) ? static_cast<T>(a >> scalar) : static_cast<T>(a < 0 ? -1 : 0);
     }
 }
 

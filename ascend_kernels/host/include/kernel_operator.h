@@ -69,7 +69,7 @@ enum class HardEvent : uint8_t {
     FIX_MTE2, FIX_S, M_S, FIX_MTE3, MTE1_FIX, FIX_MTE1, FIX_FIX, MAX
 };
 enum class RoundMode : uint8_t {
-    CAST_NONE, CAST_RINT, CAST_FLOOR, CAST_CEIL, CAST_ROUND, CAST_TRUNC, CAST_ODD, UNKNOWN = 0xFF
+    CAST_NONE, CAST_RINT, CAST_FLOOR, CAST_CEIL, CAST_ROUND, CAST_TRUNC, CAST_ODD
 };
 enum class CMPMODE : uint8_t { LT, GT, EQ, LE, GE, NE };
 enum class SELMODE : uint8_t { VSEL_CMPMASK_SPR, VSEL_TENSOR_SCALAR_MODE, VSEL_TENSOR_TENSOR_MODE };
@@ -77,7 +77,7 @@ enum class ReduceOrder : uint8_t { ORDER_VALUE_INDEX, ORDER_INDEX_VALUE, ORDER_O
 enum class CacheLine : uint64_t { SINGLE_CACHE_LINE, ENTIRE_DATA_CACHE };
 enum class DcciDst : uint64_t { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMIC };
 #if __NPU_ARCH__ == 2201
-enum class CacheMode { CACHE_MODE_DISABLE = 0, CACHE_MODE_NORMAL = 1, CACHE_MODE_LAST = 2, CACHE_MODE_PERSISTENT = 4 };
+enum class CacheMode : uint8_t { CACHE_MODE_DISABLE = 0, CACHE_MODE_NORMAL = 1, CACHE_MODE_PERSISTENT = 4 };
 enum class CacheRwMode { READ = 1, WRITE = 2, RW = 3 };
 #endif
 
@@ -98,8 +98,8 @@ struct DataCopyParams {
         uint16_t dstStride;
     };
     DataCopyParams() {}
-    DataCopyParams(const uint16_t count, const uint16_t len, const uint16_t srcStrideIn, const uint16_t dstStrideIn)
-        : blockCount(count), blockLen(len), srcStride(srcStrideIn), dstStride(dstStrideIn)
+    DataCopyParams(const uint16_t blockCount, const uint16_t blockLen, const uint16_t srcStride, const uint16_t dstStride)
+        : blockCount(blockCount), blockLen(blockLen), srcStride(srcStride), dstStride(dstStride)
     {
     }
 };
@@ -107,9 +107,9 @@ struct DataCopyExtParams {
     uint16_t blockCount = 1;
     uint32_t blockLen = 0, srcStride = 0, dstStride = 0, rsv = 0;
     DataCopyExtParams() {}
-    DataCopyExtParams(const uint16_t count, const uint32_t len, const uint32_t srcStrideIn, const uint32_t dstStrideIn,
-                      const uint32_t rsvIn)
-        : blockCount(count), blockLen(len), srcStride(srcStrideIn), dstStride(dstStrideIn), rsv(rsvIn)
+    DataCopyExtParams(const uint16_t blockCount, const uint32_t blockLen, const uint32_t srcStride, const uint32_t dstStride,
+                      const uint32_t rsv)
+        : blockCount(blockCount), blockLen(blockLen), srcStride(srcStride), dstStride(dstStride), rsv(rsv)
     {
     }
 };
@@ -119,17 +119,17 @@ struct DataCopyPadExtParams {
     uint8_t leftPadding = 0, rightPadding = 0;
     T paddingValue{};
     DataCopyPadExtParams() {}
-    DataCopyPadExtParams(const bool isPadValue, const uint8_t leftPadValue, const uint8_t rightPadValue, T padValue)
-        : isPad(isPadValue), leftPadding(leftPadValue), rightPadding(rightPadValue), paddingValue(padValue)
+    DataCopyPadExtParams(const bool isPad, const uint8_t leftPadding, const uint8_t rightPadding, T paddingValue)
+        : isPad(isPad), leftPadding(leftPadding), rightPadding(rightPadding), paddingValue(paddingValue)
     {
     }
 };
 struct CopyRepeatParams {
     uint16_t dstStride = 0, srcStride = 0, dstRepeatSize = 8, srcRepeatSize = 8;
     CopyRepeatParams() {}
-    CopyRepeatParams(const uint16_t dstStrideIn, const uint16_t srcStrideIn, const uint16_t dstRepeatSizeIn,
-                     const uint16_t srcRepeatSizeIn)
-        : dstStride(dstStrideIn), srcStride(srcStrideIn), dstRepeatSize(dstRepeatSizeIn), srcRepeatSize(srcRepeatSizeIn)
+    CopyRepeatParams(const uint16_t dstStride, const uint16_t srcStride, const uint16_t dstRepeatSize,
+                     const uint16_t srcRepeatSize)
+        : dstStride(dstStride), srcStride(srcStride), dstRepeatSize(dstRepeatSize), srcRepeatSize(srcRepeatSize)
     {
     }
 };
@@ -164,8 +164,8 @@ struct BrcbRepeatParams {
     uint32_t blockNumber = 8;
     uint16_t dstRepStride = 8, dstBlkStride = 1;
     BrcbRepeatParams() {}
-    BrcbRepeatParams(const uint16_t dstBlkStrideIn, const uint16_t dstRepStrideIn)
-        : dstRepStride(dstRepStrideIn), dstBlkStride(dstBlkStrideIn)
+    BrcbRepeatParams(const uint16_t dstBlkStride, const uint16_t dstRepStride)
+        : dstRepStride(dstRepStride), dstBlkStride(dstBlkStride)
     {
     }
 };
@@ -185,26 +185,26 @@ public:
         pangu::ReadLocal("GetValue", pangu_local, static_cast<int64_t>(index) * sizeof(T), sizeof(T), &value);
         return value;
     }
-    template <typename S>
-    PANGU_MEMBER void SetValue(const uint32_t index, const S value) const
+    template <typename T1>
+    PANGU_MEMBER void SetValue(const uint32_t index, const T1 value) const
     {
         static_assert(pangu::kIs910b || !std::is_same<T, bfloat16_t>::value, "310B has no bfloat16_t scalars");
         T element = static_cast<T>(value);
         pangu::WriteLocal("SetValue", pangu_local, static_cast<int64_t>(index) * sizeof(T), sizeof(T), &element);
     }
-    LocalTensor operator[](const uint32_t offset) const
+    LocalTensor<T> operator[](const uint32_t offset) const
     {
-        LocalTensor tensor = *this;
+        LocalTensor<T> tensor = *this;
         tensor.pangu_local.begin += static_cast<int64_t>(offset) * sizeof(T);
         tensor.pangu_size = offset < pangu_size ? pangu_size - offset : 0;
         return tensor;
     }
-    template <typename U>
-    LocalTensor<U> ReinterpretCast() const
+    template <typename CAST_T>
+    LocalTensor<CAST_T> ReinterpretCast() const
     {
-        LocalTensor<U> tensor;
+        LocalTensor<CAST_T> tensor;
         tensor.pangu_local = pangu_local;
-        tensor.pangu_size = static_cast<uint32_t>(static_cast<uint64_t>(pangu_size) * sizeof(T) / sizeof(U));
+        tensor.pangu_size = static_cast<uint32_t>(static_cast<uint64_t>(pangu_size) * sizeof(T) / sizeof(CAST_T));
         return tensor;
     }
     uint32_t GetSize() const { return pangu_size; }
@@ -244,9 +244,9 @@ public:
         pangu::WriteGlobal("GlobalTensor::SetValue", pangu_global, offset * sizeof(T), sizeof(T), &value);
     }
     uint64_t GetSize() const { return pangu_size; }
-    GlobalTensor operator[](const uint64_t offset) const
+    GlobalTensor<T> operator[](const uint64_t offset) const
     {
-        GlobalTensor tensor = *this;
+        GlobalTensor<T> tensor = *this;
         tensor.pangu_global.begin += offset * sizeof(T);
         return tensor;
     }
@@ -277,8 +277,8 @@ PANGU_API void DataCacheCleanAndInvalid(const GlobalTensor<T>& dst)
 
 inline int64_t GetBlockIdx() { return pangu::BlockIdx(); }
 inline int64_t GetBlockNum() { return pangu::BlockNum(); }
-inline constexpr int16_t GetDataBlockSizeInBytes() { return 32; }
 #if __NPU_ARCH__ == 2201
+inline constexpr int16_t GetDataBlockSizeInBytes() { return 32; }
 inline int64_t GetSubBlockIdx() { return pangu::SubBlockIdx(); }
 inline int64_t GetSubBlockNum() { return pangu::SubBlockNum(); }
 PANGU_API GM_ADDR GetUserWorkspace(GM_ADDR workspace) { return pangu::UserWorkspace("GetUserWorkspace", workspace); }
@@ -338,6 +338,8 @@ constexpr HardEvent PanguEvent(pipe_t src, pipe_t dst)
 }
 template <pipe_t src, pipe_t dst>
 class TQueSync {
+    static_assert(src != dst, "TQueSync: from a pipe to another");
+
 public:
     PANGU_MEMBER void SetFlag(TEventID id) { AscendC::SetFlag<PanguEvent(src, dst)>(id); }
     PANGU_MEMBER void WaitFlag(TEventID id) { AscendC::WaitFlag<PanguEvent(src, dst)>(id); }
@@ -365,7 +367,7 @@ public:
     template <typename T>
     PANGU_MEMBER LocalTensor<T> AllocTensor()
     {
-        return Tensor<T>(pangu::QueueAlloc("AllocTensor", pangu_queue));
+        return PanguTensor<T>(pangu::QueueAlloc("AllocTensor", pangu_queue));
     }
     template <typename T>
     PANGU_MEMBER void FreeTensor(LocalTensor<T>& tensor)
@@ -381,7 +383,7 @@ public:
     template <typename T>
     PANGU_MEMBER LocalTensor<T> DeQue()
     {
-        return Tensor<T>(pangu::QueueDeque("DeQue", pangu_queue));
+        return PanguTensor<T>(pangu::QueueDeque("DeQue", pangu_queue));
     }
     PANGU_MEMBER bool VacantInQue() { return pangu::QueueLength("VacantInQue", pangu_queue, false) < depth; }
     PANGU_MEMBER bool HasTensorInQue() { return pangu::QueueLength("HasTensorInQue", pangu_queue, false) > 0; }
@@ -404,7 +406,7 @@ public:
 
 private:
     template <typename T>
-    LocalTensor<T> Tensor(const pangu::Local& local)
+    LocalTensor<T> PanguTensor(const pangu::Local& local)
     {
         LocalTensor<T> tensor;
         tensor.pangu_local = local;
@@ -473,31 +475,33 @@ public:
                             static_cast<int>(T::pangu_free), T::pangu_depth, num, len);
         return true;
     }
-    template <TPosition pos>
-    PANGU_MEMBER bool InitBuffer(TBuf<pos>& buf, uint32_t len)
+    template <TPosition bufPos>
+    PANGU_MEMBER bool InitBuffer(TBuf<bufPos>& buf, uint32_t len)
     {
         buf.pangu_local = pangu::NewBuffer("InitBuffer", len);
         return true;
     }
-    template <HardEvent event>
+#if __NPU_ARCH__ == 2201
+    template <HardEvent evt>
     PANGU_MEMBER TEventID AllocEventID()
     {
-        static_assert(PanguIsVectorCoreEvent<event>(), "AllocEventID: vector cores have no such event");
-        return static_cast<TEventID>(pangu::AllocEvent("AllocEventID", static_cast<int>(event)));
+        static_assert(PanguIsVectorCoreEvent<evt>(), "AllocEventID: vector cores have no such event");
+        return static_cast<TEventID>(pangu::AllocEvent("AllocEventID", static_cast<int>(evt)));
     }
-    template <HardEvent event>
+    template <HardEvent evt>
     PANGU_MEMBER void ReleaseEventID(TEventID id)
     {
-        pangu::ReleaseEvent("ReleaseEventID", static_cast<int>(event), id);
+        pangu::ReleaseEvent("ReleaseEventID", static_cast<int>(evt), id);
     }
-    template <HardEvent event>
+#endif
+    template <HardEvent evt>
     PANGU_MEMBER TEventID FetchEventID()
     {
-        return static_cast<TEventID>(pangu::FetchEvent("FetchEventID", static_cast<int>(event)));
+        return static_cast<TEventID>(pangu::FetchEvent("FetchEventID", static_cast<int>(evt)));
     }
-    PANGU_MEMBER TEventID FetchEventID(HardEvent event)
+    PANGU_MEMBER TEventID FetchEventID(HardEvent evt)
     {
-        return static_cast<TEventID>(pangu::FetchEvent("FetchEventID", static_cast<int>(event)));
+        return static_cast<TEventID>(pangu::FetchEvent("FetchEventID", static_cast<int>(evt)));
     }
 };
 
@@ -709,10 +713,15 @@ constexpr bool PanguAccumulates()
            (std::is_same<T, float>::value && std::is_same<U, half>::value);
 }
 template <typename T, typename U>
+constexpr bool PanguMultipliesAndAdds()
+{
+    return PanguAccumulates<T, U>() && (pangu::kIs910b || std::is_same<T, U>::value);
+}
+template <typename T, typename U>
 PANGU_API void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<U>& src0, const LocalTensor<U>& src1,
                          const int32_t& count)
 {
-    static_assert(PanguAccumulates<T, U>(), "MulAddDst: no such dtypes on this chip");
+    static_assert(PanguMultipliesAndAdds<T, U>(), "MulAddDst: no such dtypes on this chip");
     const pangu::Operand operands[] = {PanguOperand(dst), PanguOperand(src0), PanguOperand(src1)};
     pangu::Elementwise("MulAddDst", pangu::Op::MulAddDst, PanguCount(count), 0, operands, 3);
 }
@@ -721,7 +730,7 @@ PANGU_API void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<U>& src0, 
     PANGU_API void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<U>& src0, const LocalTensor<U>& src1, Mask, \
                              const R repeatTime, const BinaryRepeatParams& repeatParams)                              \
     {                                                                                                                 \
-        static_assert(PanguAccumulates<T, U>(), "MulAddDst: no such dtypes on this chip");                            \
+        static_assert(PanguMultipliesAndAdds<T, U>(), "MulAddDst: no such dtypes on this chip");                      \
         PANGU_IS_SET_MASK;                                                                                            \
         const pangu::Operand operands[] = {                                                                           \
             PanguOperand(dst, repeatParams.dstBlkStride, repeatParams.dstRepStride),                                  \
@@ -743,7 +752,7 @@ PANGU_MUL_ADD_DST(uint64_t mask)
                                            PanguOperand(src, repeatParams.srcBlkStride, repeatParams.srcRepStride)}; \
         pangu::Elementwise(#Name, pangu::Op::Name, PanguLanes(mask, repeatTime), PanguScalar(scalarValue), operands, 2); \
     }
-#define PANGU_SCALAR(Name, ...)                                                                                    \
+#define PANGU_SCALAR_COUNT(Name, ...)                                                                              \
     template <typename T, bool isSetMask = true>                                                                   \
     PANGU_API void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& scalarValue,                \
                         const int32_t& count)                                                                      \
@@ -752,7 +761,9 @@ PANGU_MUL_ADD_DST(uint64_t mask)
         PANGU_IS_SET_MASK;                                                                                         \
         const pangu::Operand operands[] = {PanguOperand(dst), PanguOperand(src)};                                  \
         pangu::Elementwise(#Name, pangu::Op::Name, PanguCount(count), PanguScalar(scalarValue), operands, 2);      \
-    }                                                                                                              \
+    }
+#define PANGU_SCALAR(Name, ...)                                                                                    \
+    PANGU_SCALAR_COUNT(Name, __VA_ARGS__)                                                                          \
     PANGU_SCALAR_MASK(Name, uint64_t mask[], (__VA_ARGS__))                                                        \
     PANGU_SCALAR_MASK(Name, uint64_t mask, (__VA_ARGS__))
 PANGU_SCALAR(Adds, PanguIsOneOf<T, int16_t, half, int32_t, float>())
@@ -760,7 +771,7 @@ PANGU_SCALAR(Muls, PanguIsOneOf<T, int16_t, half, int32_t, float>())
 PANGU_SCALAR(Maxs, PanguIsOneOf<T, int16_t, half, int32_t, float>())
 PANGU_SCALAR(Mins, PanguIsOneOf<T, int16_t, half, int32_t, float>())
 PANGU_SCALAR(ShiftLeft, PanguIsOneOf<T, int16_t, uint16_t, int32_t, uint32_t>())
-PANGU_SCALAR(ShiftRight, PanguIsOneOf<T, int16_t, uint16_t, int32_t, uint32_t>())
+PANGU_SCALAR_COUNT(ShiftRight, PanguIsOneOf<T, int16_t, uint16_t, int32_t, uint32_t>())
 
 template <typename T, typename U>
 PANGU_API void Axpy(const LocalTensor<T>& dst, const LocalTensor<U>& src, const U& scalarValue, const int32_t& count)
@@ -783,8 +794,11 @@ PANGU_API void Axpy(const LocalTensor<T>& dst, const LocalTensor<U>& src, const 
 PANGU_AXPY(uint64_t mask[])
 PANGU_AXPY(uint64_t mask)
 
-#define PANGU_DUPLICATE_TYPES \
-    PANGU_TYPES("Duplicate", T, int16_t, uint16_t, half, bfloat16_t, int32_t, uint32_t, float)
+// CANN's documents list bfloat16_t for 310B too; its headers refuse it there.
+#define PANGU_DUPLICATE_TYPES                                                                                      \
+    static_assert(PanguIsOneOf<T, int16_t, uint16_t, half, int32_t, uint32_t, float>() ||                           \
+                      (pangu::kIs910b && PanguIsOneOf<T, bfloat16_t>()),                                            \
+                  "Duplicate: no such dtype on this chip")
 template <typename T>
 PANGU_API void Duplicate(const LocalTensor<T>& dst, const T& scalarValue, const int32_t& count)
 {
@@ -865,16 +879,11 @@ PANGU_API void Cast(const LocalTensor<T>& dst, const LocalTensor<U>& src, const 
 PANGU_CAST(const uint64_t mask[])
 PANGU_CAST(const uint64_t mask)
 
-#if __NPU_ARCH__ == 2201
-inline float Cast(const bfloat16_t& value) { return pangu::FloatFromBfloat(value.bits); }
-inline bfloat16_t Cast(const float& value) { return {pangu::BfloatFromFloat(value)}; }
-#endif
-
 template <typename T, typename U>
 constexpr bool PanguCompares()
 {
     return (PanguIsOneOf<T, half, float>() || (pangu::kIs910b && PanguIsOneOf<T, int32_t>())) &&
-           (PanguIsOneOf<U, uint8_t, int8_t>());
+           PanguIsOneOf<U, uint8_t, int8_t>();
 }
 template <typename T, typename U>
 PANGU_API void Compare(const LocalTensor<U>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, CMPMODE cmpMode,
@@ -898,7 +907,7 @@ template <typename T, typename U>
 constexpr bool PanguComparesScalar()
 {
     return (PanguIsOneOf<T, half, float, int32_t>() || (!pangu::kIs910b && PanguIsOneOf<T, int16_t, uint16_t, uint32_t>())) &&
-           (PanguIsOneOf<U, uint8_t, int8_t>());
+           PanguIsOneOf<U, uint8_t>();
 }
 template <typename T, typename U>
 PANGU_API void CompareScalar(const LocalTensor<U>& dst, const LocalTensor<T>& src0, const T src1Scalar, CMPMODE cmpMode,
@@ -982,12 +991,12 @@ PANGU_API void Gather(const LocalTensor<T>& dst, const LocalTensor<T>& src, cons
 
 #if __NPU_ARCH__ == 2201
 template <typename T, typename R = uint8_t>
-PANGU_API void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const R repeatTime,
+PANGU_API void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, const R repeatTime,
                     const BrcbRepeatParams& repeatParams)
 {
     PANGU_TYPES("Brcb", T, int16_t, uint16_t, half, bfloat16_t, int32_t, uint32_t, float);
     pangu::Brcb("Brcb", repeatTime, PanguOperand(dst, repeatParams.dstBlkStride, repeatParams.dstRepStride),
-                src0.pangu_local);
+                src.pangu_local);
 }
 #endif
 

@@ -45,6 +45,7 @@ std::string Listed(const List& values, Show show) {
 
 template <class T>
 std::string Number(T value) {
+  if (std::isnan(static_cast<double>(value))) return "NaN";
   if (std::isinf(static_cast<double>(value))) return value > 0 ? "Infinity" : "-Infinity";
   std::ostringstream text;
   text.precision(std::numeric_limits<T>::max_digits10);

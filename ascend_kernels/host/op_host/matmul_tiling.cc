@@ -112,9 +112,10 @@ int32_t MatmulApiTilingBase::EnableBias(bool isBias) {
 int32_t MatmulApiTilingBase::SetBias(bool isBias) { return EnableBias(isBias); }
 
 int32_t MatmulApiTilingBase::SetFixSplit(int32_t baseM, int32_t baseN, int32_t baseK) {
-  for (const int32_t base : {baseM, baseN, baseK})
+  for (const int32_t base : {baseM, baseN})
     if (base != -1 && (base <= 0 || base % kFractal != 0)) return -1;
-  fixed_m_ = baseM, fixed_n_ = baseN, fixed_k_ = baseK;
+  if (baseK != -1) return -1;  // "currently only -1" in CANN's documentation
+  fixed_m_ = baseM, fixed_n_ = baseN;
   return 0;
 }
 
@@ -148,7 +149,9 @@ int64_t MatmulApiTilingBase::Fill(int32_t num_cores, int32_t single_m, int32_t s
   const int32_t bytes = Bytes(a_.type);
   // Fractals of K have 32 bytes; where one is transposed on its way to L0 they are 16 wide all the same.
   const bool transposes = a_.transposed || !b_.transposed;
-  const int32_t block_k = std::max(kBlockBytes / bytes, transposes ? kFractal : 0);
+  const int32_t block = kBlockBytes / bytes;
+  const int32_t block_k = std::max(block, transposes ? kFractal : 0);
+  if (fixed_m_ > RoundUp(single_m, kFractal) || fixed_n_ > RoundUp(single_n, block)) return -1;
 
   int32_t base_m = fixed_m_ != -1 ? fixed_m_ : std::min(RoundUp(single_m, kFractal), kPreferredM);
   int32_t base_n = fixed_n_ != -1 ? fixed_n_ : std::min(RoundUp(single_n, kFractal), kPreferredN);
@@ -158,24 +161,27 @@ int64_t MatmulApiTilingBase::Fill(int32_t num_cores, int32_t single_m, int32_t s
     const uint64_t elements = buffer / (static_cast<uint64_t>(side) * bytes * kDoubleBuffered);
     return static_cast<int32_t>(std::min<uint64_t>(elements, INT32_MAX)) / block_k * block_k;
   };
-  while (fixed_n_ == -1 && base_n > kFractal && !(product_fits() && bias_fits() && k_in(platform_.l0BSize, base_n)))
-    base_n -= kFractal;
-  while (fixed_m_ == -1 && base_m > kFractal && !(product_fits() && k_in(platform_.l0ASize, base_m)))
-    base_m -= kFractal;
-  const int32_t most_k = std::min(k_in(platform_.l0ASize, base_m), k_in(platform_.l0BSize, base_n));
-  const int32_t base_k = fixed_k_ != -1 ? fixed_k_ : std::min(most_k, RoundUp(single_k, block_k));
-  if (!product_fits() || !bias_fits() || base_k <= 0 || base_k > most_k || base_k % block_k != 0) return -1;
+  // In L1 a side that is transposed on its way to L0 has whole blocks of it.
+  const auto l1_rows = [&] {
+    return RoundUp(base_m, a_.transposed ? block : 1) + RoundUp(base_n, b_.transposed ? 1 : block);
+  };
+  const auto bias_bytes = [&] { return has_bias_ ? static_cast<uint64_t>(base_n) * 4 : 0; };
+  const auto k_in_l1 = [&] { return l1_bytes_ > bias_bytes() ? k_in(l1_bytes_ - bias_bytes(), l1_rows()) : 0; };
+  const auto all_fit = [&] { return product_fits() && bias_fits() && k_in_l1() > 0; };
+  while (fixed_n_ == -1 && base_n > kFractal && !(all_fit() && k_in(platform_.l0BSize, base_n))) base_n -= kFractal;
+  while (fixed_m_ == -1 && base_m > kFractal && !(all_fit() && k_in(platform_.l0ASize, base_m))) base_m -= kFractal;
+  const int32_t most_k = std::min({k_in(platform_.l0ASize, base_m), k_in(platform_.l0BSize, base_n), k_in_l1()});
+  const int32_t base_k = std::min(most_k, RoundUp(single_k, block_k));
+  if (!all_fit() || base_k == 0) return -1;
 
   const int32_t blocks_of_k = CeilDiv(single_k, base_k);
-  const uint64_t bias_bytes = has_bias_ ? static_cast<uint64_t>(base_n) * 4 : 0;
-  int32_t steps = std::min(kMaxSteps, blocks_of_k), buffers = 0;
+  int32_t steps = std::min(kMaxSteps, blocks_of_k) + 1, buffers = 0;
   uint64_t l1_used = 0;
-  for (;; steps--) {
-    if (steps == 0) return -1;
+  do {  // ends: base_k is so small that one step fits
+    steps--;
     buffers = steps < blocks_of_k ? kDoubleBuffered : 1;
-    l1_used = static_cast<uint64_t>(base_m + base_n) * base_k * bytes * steps * buffers + bias_bytes;
-    if (l1_used <= l1_bytes_) break;
-  }
+    l1_used = static_cast<uint64_t>(l1_rows()) * base_k * bytes * steps * buffers + bias_bytes();
+  } while (l1_used > l1_bytes_);
   const int32_t l0c_buffers = static_cast<uint64_t>(base_m) * base_n * 4 * kDoubleBuffered <= l0c_bytes_ ? 2 : 1;
 
   base_m_ = base_m, base_n_ = base_n, base_k_ = base_k;

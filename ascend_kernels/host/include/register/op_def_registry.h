@@ -15,6 +15,16 @@ namespace pangu_host {
 struct Definitions;  // reads the definitions for the Python side
 }
 
+namespace gert {
+
+struct OpImplRegisterV2 {
+  using TilingKernelFunc = ge::graphStatus (*)(TilingContext*);
+  using InferShapeKernelFunc = ge::graphStatus (*)(InferShapeContext*);
+  using InferDataTypeKernelFunc = ge::graphStatus (*)(InferDataTypeContext*);
+};
+
+}  // namespace gert
+
 namespace ops {
 
 enum Option { IGNORE = 0, OPTIONAL = 1, REQUIRED = 2, DYNAMIC = 3, VIRTUAL = 4 };
@@ -145,9 +155,8 @@ class OpAICoreConfig {
 
 class OpAICoreDef {
  public:
-  using TilingFunction = ge::graphStatus (*)(gert::TilingContext*);
-  OpAICoreDef& SetTiling(TilingFunction function) {
-    tiling_ = function;
+  OpAICoreDef& SetTiling(gert::OpImplRegisterV2::TilingKernelFunc func) {
+    tiling_ = func;
     return *this;
   }
   // void in some versions of CANN, so never to be chained on.
@@ -156,24 +165,22 @@ class OpAICoreDef {
 
  private:
   friend struct pangu_host::Definitions;
-  TilingFunction tiling_ = nullptr;
+  gert::OpImplRegisterV2::TilingKernelFunc tiling_ = nullptr;
   std::vector<std::pair<std::string, OpAICoreConfig>> configs_;
 };
 
 class OpDef {
  public:
-  using InferShapeFunction = ge::graphStatus (*)(gert::InferShapeContext*);
-  using InferDataTypeFunction = ge::graphStatus (*)(gert::InferDataTypeContext*);
   explicit OpDef(const char* type) : type_(type) {}
   OpParamDef& Input(const char* name) { return FindOrAdd(inputs_, name, &OpParamDef::name_); }
   OpParamDef& Output(const char* name) { return FindOrAdd(outputs_, name, &OpParamDef::name_); }
   OpAttrDef& Attr(const char* name) { return FindOrAdd(attrs_, name, &OpAttrDef::name_); }
-  OpDef& SetInferShape(InferShapeFunction function) {
-    infer_shape_ = function;
+  OpDef& SetInferShape(gert::OpImplRegisterV2::InferShapeKernelFunc func) {
+    infer_shape_ = func;
     return *this;
   }
-  OpDef& SetInferDataType(InferDataTypeFunction function) {
-    infer_dtype_ = function;
+  OpDef& SetInferDataType(gert::OpImplRegisterV2::InferDataTypeKernelFunc func) {
+    infer_dtype_ = func;
     return *this;
   }
   OpAICoreDef& AICore() { return aicore_; }
@@ -183,8 +190,8 @@ class OpDef {
   std::string type_;
   std::deque<OpParamDef> inputs_, outputs_;
   std::deque<OpAttrDef> attrs_;
-  InferShapeFunction infer_shape_ = nullptr;
-  InferDataTypeFunction infer_dtype_ = nullptr;
+  gert::OpImplRegisterV2::InferShapeKernelFunc infer_shape_ = nullptr;
+  gert::OpImplRegisterV2::InferDataTypeKernelFunc infer_dtype_ = nullptr;
   OpAICoreDef aicore_;
 };
 

@@ -82,24 +82,34 @@ private:
     std::vector<Field> fields_;
     size_t size_ = 0;
 };
+
+// The types that CANN documents for fields.
+template <class T>
+constexpr bool IsFieldType()
+{
+    return std::is_same<T, float>::value ||
+           (std::is_integral<T>::value && !std::is_same<T, bool>::value && !std::is_same<T, char>::value);
+}
 }  // namespace optiling
 
 #define BEGIN_TILING_DATA_DEF(Class) class Class : public ::optiling::TilingDef {
-#define TILING_DATA_FIELD_DEF(type, name)                     \
-public:                                                       \
-    void set_##name(type value) { name##_ = value; }          \
-    type get_##name() const { return name##_; }               \
-                                                              \
-private:                                                      \
-    type name##_ = {};                                        \
+#define TILING_DATA_FIELD_DEF(type, name)                                                  \
+public:                                                                                    \
+    static_assert(::optiling::IsFieldType<type>(), #type " is no type of a field");        \
+    void set_##name(type value) { name##_ = value; }                                       \
+    type get_##name() const { return name##_; }                                            \
+                                                                                           \
+private:                                                                                   \
+    type name##_ = {};                                                                     \
     bool name##_placed_ = Place(&name##_, sizeof(type), sizeof(type))
-#define TILING_DATA_FIELD_DEF_ARR(type, count, name)                                   \
-public:                                                                                \
+#define TILING_DATA_FIELD_DEF_ARR(type, count, name)                                       \
+public:                                                                                    \
+    static_assert(::optiling::IsFieldType<type>(), #type " is no type of a field");        \
     void set_##name(const type* values) { std::memcpy(name##_, values, sizeof(name##_)); } \
-    type* get_##name() { return name##_; }                                             \
-                                                                                       \
-private:                                                                               \
-    type name##_[count] = {};                                                          \
+    type* get_##name() { return name##_; }                                                 \
+                                                                                           \
+private:                                                                                   \
+    type name##_[count] = {};                                                              \
     bool name##_placed_ = Place(name##_, sizeof(name##_), sizeof(type))
 #define TILING_DATA_FIELD_DEF_STRUCT(Struct, name) \
 public:                                            \

@@ -39,7 +39,7 @@ struct PlatformInfo {
 class MatmulApiTilingBase {
  public:
   MatmulApiTilingBase();  // the sizes of ascend910b
-  explicit MatmulApiTilingBase(const platform_ascendc::PlatformAscendC& platform);
+  explicit MatmulApiTilingBase(const platform_ascendc::PlatformAscendC& ascendcPlatform);
   explicit MatmulApiTilingBase(const PlatformInfo& platform);
   virtual ~MatmulApiTilingBase() = default;
   int32_t SetAType(TPosition pos, CubeFormat type, DataType dataType, bool isTrans = false);
@@ -47,11 +47,11 @@ class MatmulApiTilingBase {
   int32_t SetCType(TPosition pos, CubeFormat type, DataType dataType);
   int32_t SetBiasType(TPosition pos, CubeFormat type, DataType dataType);
   virtual int32_t SetShape(int32_t m, int32_t n, int32_t k);
-  int32_t SetOrgShape(int32_t orgM, int32_t orgN, int32_t orgK);
-  int32_t SetOrgShape(int32_t orgM, int32_t orgN, int32_t orgKa, int32_t orgKb);
-  int32_t EnableBias(bool isBias = false);
-  int32_t SetBias(bool isBias = false);
-  int32_t SetFixSplit(int32_t baseM = -1, int32_t baseN = -1, int32_t baseK = -1);
+  int32_t SetOrgShape(int32_t orgMIn, int32_t orgNIn, int32_t orgKIn);
+  int32_t SetOrgShape(int32_t orgMIn, int32_t orgNIn, int32_t orgKaIn, int32_t orgKbIn);
+  int32_t EnableBias(bool isBiasIn = false);
+  int32_t SetBias(bool isBiasIn = false);
+  int32_t SetFixSplit(int32_t baseMIn = -1, int32_t baseNIn = -1, int32_t baseKIn = -1);
   int32_t SetBufferSpace(int32_t l1Size = -1, int32_t l0CSize = -1, int32_t ubSize = -1, int32_t btSize = -1);
   int32_t SetTraverse(MatrixTraverse traverse);
   int32_t GetBaseM() const { return base_m_; }
@@ -76,7 +76,7 @@ class MatmulApiTilingBase {
   bool has_bias_ = false;
   int32_t m_ = 0, n_ = 0, k_ = 0;
   int32_t org_m_ = 0, org_n_ = 0, org_ka_ = 0, org_kb_ = 0;
-  int32_t fixed_m_ = -1, fixed_n_ = -1, fixed_k_ = -1;
+  int32_t fixed_m_ = -1, fixed_n_ = -1;
   int32_t base_m_ = 0, base_n_ = 0, base_k_ = 0;
   uint64_t l1_bytes_, l0c_bytes_, bias_table_bytes_;
   MatrixTraverse traverse_ = MatrixTraverse::FIRSTM;
@@ -97,7 +97,7 @@ class MultiCoreMatmulTiling : public MatmulApiTilingBase {
  public:
   using MatmulApiTilingBase::MatmulApiTilingBase;
   int32_t SetDim(int32_t dim);
-  int32_t SetSingleShape(int32_t singleM = -1, int32_t singleN = -1, int32_t singleK = -1);
+  int32_t SetSingleShape(int32_t singleMIn = -1, int32_t singleNIn = -1, int32_t singleKIn = -1);
   int32_t GetSingleShape(int32_t& shapeM, int32_t& shapeN, int32_t& shapeK);
   int32_t GetCoreNum(int32_t& dim, int32_t& mDim, int32_t& nDim);
   int64_t GetTiling(optiling::TCubeTiling& tiling) override;

@@ -24,7 +24,7 @@ class RuntimeAttrs {
   const TypedContinuousVector<int64_t>* GetListInt(size_t index) const { return &Get(index, "list_int").integers; }
   const TypedContinuousVector<float>* GetListFloat(size_t index) const { return &Get(index, "list_float").floatings; }
   size_t GetAttrNum() const { return values_.size(); }
-  template <class T>
+  template <typename T>
   const T* GetAttrPointer(size_t index) const;
 
  private:

@@ -14,16 +14,16 @@ class Shape {
   static constexpr size_t kMaxDimNum = 25;
 
   Shape() = default;
-  Shape(const std::initializer_list<int64_t>& dims) {
-    for (const int64_t dim : dims) AppendDim(dim);
+  Shape(const std::initializer_list<int64_t>& args) {
+    for (const int64_t dim : args) AppendDim(dim);
   }
-  bool operator==(const Shape& other) const {
-    if (dim_num_ != other.dim_num_) return false;
+  bool operator==(const Shape& rht) const {
+    if (dim_num_ != rht.dim_num_) return false;
     for (size_t i = 0; i < dim_num_; i++)
-      if (dims_[i] != other.dims_[i]) return false;
+      if (dims_[i] != rht.dims_[i]) return false;
     return true;
   }
-  bool operator!=(const Shape& other) const { return !(*this == other); }
+  bool operator!=(const Shape& rht) const { return !(*this == rht); }
   int64_t GetShapeSize() const {
     int64_t size = 1;
     for (size_t i = 0; i < dim_num_; i++) {
@@ -39,13 +39,13 @@ class Shape {
     for (size_t i = dim_num_; i < dim_num; i++) dims_[i] = 0;
     dim_num_ = dim_num;
   }
-  int64_t GetDim(size_t index) const { return dims_[Checked(index)]; }
-  const int64_t& operator[](size_t index) const { return dims_[Checked(index)]; }
-  int64_t& operator[](size_t index) { return dims_[Checked(index)]; }
-  void SetDim(size_t index, int64_t dim) { dims_[Checked(index)] = dim; }
-  Shape& AppendDim(int64_t dim) {
+  int64_t GetDim(size_t idx) const { return dims_[Checked(idx)]; }
+  const int64_t& operator[](size_t idx) const { return dims_[Checked(idx)]; }
+  int64_t& operator[](size_t idx) { return dims_[Checked(idx)]; }
+  void SetDim(size_t idx, int64_t dim_value) { dims_[Checked(idx)] = dim_value; }
+  Shape& AppendDim(int64_t value) {
     SetDimNum(dim_num_ + 1);
-    dims_[dim_num_ - 1] = dim;
+    dims_[dim_num_ - 1] = value;
     return *this;
   }
 

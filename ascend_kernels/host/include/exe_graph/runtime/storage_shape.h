@@ -7,8 +7,8 @@ namespace gert {
 class StorageShape {
  public:
   StorageShape() = default;
-  StorageShape(const std::initializer_list<int64_t>& origin, const std::initializer_list<int64_t>& storage)
-      : origin_(origin), storage_(storage) {}
+  StorageShape(const std::initializer_list<int64_t>& origin_shape, const std::initializer_list<int64_t>& storage_shape)
+      : origin_(origin_shape), storage_(storage_shape) {}
   const Shape& GetOriginShape() const { return origin_; }
   const Shape& GetStorageShape() const { return storage_; }
   Shape& MutableOriginShape() { return origin_; }

@@ -25,8 +25,8 @@ class TilingContext : public ExtendedKernelContext {
   uint32_t GetScheduleMode() const { return node_->schedule_mode; }
   ge::graphStatus SetNeedAtomic(bool atomic) { return Set(node_->need_atomic, atomic); }
   bool NeedAtomic() const { return node_->need_atomic; }
-  template <class T>
-  T* GetTilingData() {
+  template <typename T>
+  auto GetTilingData() -> T* {
     if (node_->tiling_data.GetCapacity() < sizeof(T)) return nullptr;
     node_->tiling_data.SetDataSize(sizeof(T));
     return static_cast<T*>(node_->tiling_data.GetData());

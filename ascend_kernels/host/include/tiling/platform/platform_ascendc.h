@@ -17,11 +17,11 @@ enum class SocVersion { ASCEND910 = 0, ASCEND910B, ASCEND310P, ASCEND310B, RESER
 
 class PlatformAscendC {
  public:
-  explicit PlatformAscendC(fe::PlatFormInfos* platform) : platform_(platform) {}
+  explicit PlatformAscendC(fe::PlatFormInfos* platformInfo) : platform_(platformInfo) {}
   uint32_t GetCoreNumAic() const;
   uint32_t GetCoreNumAiv() const;
   uint32_t GetLibApiWorkSpaceSize() const;
-  void GetCoreMemSize(const CoreMemType& type, uint64_t& size) const;
+  void GetCoreMemSize(const CoreMemType& memType, uint64_t& size) const;
   SocVersion GetSocVersion() const;
 
  private:
