@@ -37,19 +37,13 @@ __attribute__((format(printf, 3, 4))) inline void Say(const char* op_type, const
   va_start(values, format);
   std::vsnprintf(text, sizeof(text), format, values);
   va_end(values);
-  std::fprintf(stderr, "%s: %s%s%s\n", op_type, argument, argument[0] == '\0' ? "" : " ", text);
+  std::fprintf(stderr, "%s: %s %s\n", op_type, argument, text);
 }
 
 }  // namespace pangu
 
-// Statements that leave the function with GRAPH_FAILED, the second one where the condition does not hold:
-//   PANGU_FAIL(context, "logits has %s, expected float32", pangu::DataTypeText(type));
+// Leaves the function with GRAPH_FAILED and a message where the condition does not hold:
 //   PANGU_EXPECT(context, num_top <= 64, "teacher_ids", "has %ld columns, expected at most 64", num_top);
-#define PANGU_FAIL(context, ...)                               \
-  do {                                                         \
-    pangu::Say((context)->GetNodeType(), "", __VA_ARGS__);     \
-    return ge::GRAPH_FAILED;                                   \
-  } while (0)
 #define PANGU_EXPECT(context, condition, argument, ...)              \
   do {                                                               \
     if (!(condition)) {                                              \
