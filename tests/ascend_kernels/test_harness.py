@@ -157,6 +157,9 @@ BOUNDS = [
     one("global tensor past the argument", "out of bounds", "out_gm.SetGlobalBuffer(out_gm.GetPhyAddr(0), 256);",
         "out_gm.SetGlobalBuffer(out_gm.GetPhyAddr(0), 257);", says="1028 bytes from byte 0 of output 0, which has 1024",
         before="Exp(z, x, 256);"),
+    one("global tensor of no elements", "out of bounds", "y_gm.SetGlobalBuffer(y_gm.GetPhyAddr(0), N);",
+        "y_gm.SetGlobalBuffer(y_gm.GetPhyAddr(0), 0);", says="1024 of them past the GlobalTensor's buffer",
+        before="Exp(z, x, N);\nSync<HardEvent::V_MTE2>();", after="DataCopy(y, y_gm, N);  // here", api="DataCopy"),
     one("scalar read past the global tensor", "out of bounds", "Adds(z, x, y_gm.GetValue(255), N);",
         "Adds(z, x, y_gm.GetValue(256), N);", lambda x, y: x + y[255], "4 bytes of GM, 4 of them past",
         api="GlobalTensor::GetValue"),
@@ -1274,8 +1277,9 @@ def test_vector_cores_of_a_cube_core_know_their_places(build):
     (41, SOCS, r"Matmul: products, core 0, IterateAll at .*enAtomic is 0 or 1", {}),
     (42, SOCS, r"Matmul: products, core 0, IterateAll at .*enSequentialWrite and fakeMsg are false", {}),
     (0, SOCS, r"Matmul: products, .*REGIST_MATMUL_OBJ at .*not made by GetTiling", {"baseM": 8}),
-    (0, SOCS, r"Matmul: products, .*REGIST_MATMUL_OBJ at .*does not fit in L0A, L0B, L0C or L1", {"baseK": 1024,
-    "dbL0A": 2}),
+    *((0, SOCS, r"Matmul: products, .*REGIST_MATMUL_OBJ at .*does not fit in L0A, L0B, L0C or L1", sizes)
+      for sizes in ({"baseK": 1024, "dbL0A": 2}, {"baseN": 2048, "dbL0B": 2}, {"baseM": 256, "baseN": 256},
+                    {"baseM": 128, "baseN": 256, "dbL0C": 2}, {"depthA1": 1025})),
     (0, SOCS, r"tiling data: products, .*the struct has 200 bytes, the launch got 196", None),
 ])
 def test_rules_of_matrix_products(build, key, socs, message, tiling):

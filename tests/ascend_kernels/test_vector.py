@@ -3,6 +3,7 @@ masks, repeats and strides select, and nowhere else."""
 
 import functools
 import itertools
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,12 +36,17 @@ __aicore__ inline T Scalar(const Parameters& p) {
 }
 
 template <typename T>
+__aicore__ inline GlobalTensor<T> Gm(GM_ADDR address, int32_t count) {
+  GlobalTensor<T> tensor;
+  tensor.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(address), count);
+  return tensor;
+}
+
+template <typename T>
 __aicore__ inline LocalTensor<T> Take(TPipe& pipe, TBuf<TPosition::VECCALC>& buffer, GM_ADDR address, int32_t count) {
   pipe.InitBuffer(buffer, count * sizeof(T));
-  GlobalTensor<uint8_t> bytes;
-  bytes.SetGlobalBuffer(address, count * sizeof(T));
-  DataCopyPad(buffer.Get<uint8_t>(), bytes, DataCopyExtParams(1, count * sizeof(T), 0, 0, 0),
-              DataCopyPadExtParams<uint8_t>());
+  DataCopyPad(buffer.Get<uint8_t>(), Gm<uint8_t>(address, count * sizeof(T)),
+              DataCopyExtParams(1, count * sizeof(T), 0, 0, 0), DataCopyPadExtParams<uint8_t>());
   return buffer.Get<T>();
 }
 
@@ -55,9 +61,8 @@ __aicore__ inline void Run(GM_ADDR a, GM_ADDR b, GM_ADDR out, const Parameters& 
   PipeBarrier<PIPE_ALL>();
   call(d, x, y);
   PipeBarrier<PIPE_ALL>();
-  GlobalTensor<uint8_t> bytes;
-  bytes.SetGlobalBuffer(out, p.counts[2] * sizeof(D));
-  DataCopyPad(bytes, buffers[0].Get<uint8_t>(), DataCopyExtParams(1, p.counts[2] * sizeof(D), 0, 0, 0));
+  DataCopyPad(Gm<uint8_t>(out, p.counts[2] * sizeof(D)), buffers[0].Get<uint8_t>(),
+              DataCopyExtParams(1, p.counts[2] * sizeof(D), 0, 0, 0));
 }
 
 // given: out's memory, because it has values before.
@@ -149,10 +154,17 @@ def instructions():
             type_)
         add("Compare", "Compare(d, x, y, static_cast<CMPMODE>(p.mode), p.count);", "uint8_t", type_,
             socs=ON_910B if type_ == "int32_t" else SOCS)
+    add("rows in", "DataCopyPad(d, Gm<int16_t>(a, p.counts[0]), "
+        "DataCopyExtParams(p.repeat, 2 * p.count, s[0], s[3], 0), "
+        "DataCopyPadExtParams<int16_t>(true, s[1], s[2], Scalar<int16_t>(p)));", "int16_t")
+    add("rows out", "const auto gm = Gm<int16_t>(out, p.counts[2]); "
+        "DataCopyPad(gm, x, DataCopyExtParams(p.repeat, 2 * p.count, s[3], s[0], 0)); PipeBarrier<PIPE_ALL>(); "
+        "DataCopyPad(d, gm, DataCopyExtParams(1, 2 * p.counts[2], 0, 0, 0), DataCopyPadExtParams<int16_t>());",
+        "int16_t")
     for type_, socs in ATOMIC.items():
-        add("SetAtomicAdd", f"GlobalTensor<{type_}> gm; gm.SetGlobalBuffer(reinterpret_cast<__gm__ {type_}*>(out)); "
-            f"SetAtomicAdd<{type_}>(); DataCopy(gm, x, p.count); SetAtomicNone(); PipeBarrier<PIPE_ALL>(); "
-            "DataCopy(d, gm, p.count);", type_, socs=socs)
+        add("SetAtomicAdd", f"const auto gm = Gm<{type_}>(out, p.counts[2]); SetAtomicAdd<{type_}>(); "
+            "DataCopy(gm, x, p.count); SetAtomicNone(); PipeBarrier<PIPE_ALL>(); DataCopy(d, gm, p.count);", type_,
+            socs=socs)
     for type_ in FLOATS:
         add("masked Compare", "Compare(d, x, y, static_cast<CMPMODE>(p.mode), lanes, p.repeat, binary);", "uint8_t",
             type_)
@@ -190,19 +202,27 @@ def arithmetic_source(soc):
     return "\n".join([*lines, "}", ""])
 
 
-def run(build, soc, name, out, a, b=None, types=None, **parameters):
-    """`out` after an instruction on it, a and b; types where NumPy's do not tell them: bfloat16 is stored as uint16."""
+BEYOND = np.full(64, 0xa5, np.uint8)  # behind what an instruction may touch
+
+
+def run(build, soc, name, out, a, b=None, types=None, exact=False, **parameters):
+    """`out` after an instruction on it, a and b; types where NumPy's do not tell them: bfloat16 is stored as uint16.
+
+    exact: the UB buffer of out ends with it, instead of BEYOND, which stays as it is.
+    """
     b = a[:1] if b is None else b
     types = types or tuple(next(type_ for type_, dtype in NUMPY.items() if array.dtype == dtype)
                            for array in (out, a, b))
     key = list(instructions()).index((name, *types))
+    beyond = BEYOND[:0 if exact else None].view(out.dtype)
+    memory = np.concatenate([out, beyond])
     packed = np.zeros((), PARAMETERS)
-    packed["counts"] = a.size, b.size, out.size
+    packed["counts"] = a.size, b.size, memory.size
     for field, value in ({"count": out.size, "lanes": 0} | parameters).items():
         packed[field] = value
-    out = out.copy()
-    build[soc].launch(1, [a, b, out], [out], packed.tobytes(), tiling_key=key)
-    return out
+    build[soc].launch(1, [a, b, memory], [memory], packed.tobytes(), tiling_key=key)
+    np.testing.assert_array_equal(memory[out.size:].view(np.uint8), beyond.view(np.uint8))
+    return memory[:out.size]
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +542,116 @@ def test_select_takes_the_first_where_the_bit_is_set(build, soc):
             other = -1.5 if mode == 1 else x[count:2 * count]
             ours = run(build, soc, f"Select {mode}", np.zeros(count, dtype), x, bits, scalar=-1.5)
             np.testing.assert_array_equal(ours, np.where(chosen[:count], x[:count], other))
+
+
+@on_both
+def test_copies_of_rows(build, soc):
+    """Rows of any length, apart in GM by bytes and in UB by blocks, where each starts anew and may be padded."""
+    random = np.random.default_rng(11)
+    for _ in range(20):
+        num_rows, length = int(random.integers(1, 9)), int(random.integers(1, 70))
+        gm_gap, ub_gap = int(random.integers(0, 20)), int(random.integers(0, 4))  # elements, blocks
+        left = int(random.integers(0, 17))
+        right = -(left + length) % 16  # up to the end of a block
+        in_gm, ub_step = num_rows * (length + gm_gap), left + length + right + 16 * ub_gap
+        x = random.integers(-999, 999, in_gm).astype(np.int16)
+        out = random.integers(-999, 999, num_rows * ub_step).astype(np.int16)
+        expected = out.copy()
+        for row in range(num_rows):
+            to, end = row * ub_step, row * ub_step + left + length + right
+            expected[to:end] = -7
+            expected[to + left:to + left + length] = x[row * (length + gm_gap):][:length]
+        ours = run(build, soc, "rows in", out, x, repeat=num_rows, count=length, integer=-7,
+                   strides=[2 * gm_gap, left, right, ub_gap, 0, 0])
+        np.testing.assert_array_equal(ours, expected)
+
+        ub_step = length + -length % 16 + 16 * ub_gap
+        x = random.integers(-999, 999, num_rows * ub_step).astype(np.int16)
+        out = random.integers(-999, 999, in_gm).astype(np.int16)
+        expected = out.copy()
+        for row in range(num_rows):
+            expected[row * (length + gm_gap):][:length] = x[row * ub_step:][:length]
+        ours = run(build, soc, "rows out", out, x, repeat=num_rows, count=length,
+                   strides=[2 * gm_gap, 0, 0, ub_gap, 0, 0])
+        np.testing.assert_array_equal(ours, expected)
+
+
+def footprint(name, types):
+    """(parameters, elements of out, a and b) of a call of an instruction; a and b None where it does not look at them.
+
+    Of tensors that are not larger than a block None too: they cannot be made smaller.
+    """
+    call, _ = instructions()[name, *types]
+    sizes = [np.dtype(NUMPY[type_]).itemsize for type_ in types]
+    lanes, repeat = 256 // max(sizes), 8
+    count = 1024
+    given = {"count": count, "repeat": repeat, "integer": 1, "mode": 0}
+    if "p.count" not in call:
+        count = repeat * lanes
+        steps = [lanes * size // 32 for size in sizes]
+        given |= {"lanes": lanes, "strides": [1, 1, 1, *steps]}
+    out, a, b = count, *(count if re.search(rf"\b{letter}\b", call) else None for letter in "xy")
+    if name == "Cast":
+        given["mode"] = CASTS[types[1], types[0]][0]
+    elif name in ("Compare", "Compares", "masked Compare"):
+        given["mode"], out = 2, count // 8
+    elif name == "Gather":
+        pass
+    elif name.startswith("Select"):
+        a, b = {"0": (2 * count, None), "1": (count, count // 8), "2": (2 * count, count // 8)}[name[-1]]
+    elif name == "masked Select":
+        a, b = 128 + count, count // 8
+        given["strides"][5] = given["strides"][4]
+    elif name == "Brcb":
+        out, a = repeat * 8 * 32 // sizes[0], repeat * 8
+        given["strides"] = [1, 0, 0, 8, 0, 0]
+    elif name == "Transpose":
+        out = a = 256
+    elif name.startswith("WholeReduce"):
+        values = 1 if name.endswith("Sum") else 2
+        out, a = 7 * 16 * values + values, count
+        given["strides"] = [0, 1, 0, 16, lanes * sizes[1] // 32, 0]
+    elif name.startswith(("BlockReduce", "PairReduce")):
+        out, a = repeat * (8 if name.startswith("Block") else lanes // 2), count
+        given["strides"] = [0, 1, 0, 1, lanes * sizes[1] // 32, 0]
+    elif name.startswith("Reduce"):
+        out = b = None
+    elif name.startswith("rows"):
+        given |= {"repeat": 1, "count": 512}
+        out = a = 512
+    return given, (out, a, b)
+
+
+@on_both
+def test_no_instruction_leaves_the_buffers_of_its_operands(build, soc):
+    """Each works on buffers that end with its operands, and is stopped where one ends a block of 32 bytes earlier."""
+    for (name, *types), (_, socs) in instructions().items():
+        if soc not in socs:
+            continue
+        given, sizes = footprint(name, types)
+        arrays = [np.zeros(size or 512, NUMPY[type_]) for size, type_ in zip(sizes, types, strict=True)]
+        if name == "Gather":
+            arrays[2][:] = arrays[1].nbytes - arrays[1].itemsize
+        run(build, soc, name, *arrays, types=types, exact=True, **given)
+        for place, size in enumerate(sizes):
+            if size is not None:
+                blocks = -(-arrays[place].nbytes // 32)
+                smaller = [*arrays]
+                smaller[place] = arrays[place][:(blocks - 1) * 32 // arrays[place].itemsize]
+                with pytest.raises(CheckFailed, match=r"out of bounds: arithmetic, core 0, \w+ at arithmetic\.cpp"):
+                    run(build, soc, name, *smaller, types=types, exact=True, **given)
+
+
+@on_both
+def test_reductions_need_the_documented_scratch(build, soc):
+    """1024 floats are 16 repeats: a value and an index of each, then of these; a sum needs one number of each."""
+    x, out = np.zeros(1024, np.float32), np.zeros(8, np.float32)
+    needed = {("ReduceMax", 1): 32 + 8, ("ReduceMin", 0): 32, ("ReduceSum", 0): 16 if soc == "ascend310b" else 8}
+    for (name, with_index), size in needed.items():
+        run(build, soc, name, out, x, np.zeros(size, np.float32), count=1024, mode=with_index)
+        if size > 8:
+            with pytest.raises(CheckFailed, match="out of bounds: .*sharedTmpBuffer covers"):
+                run(build, soc, name, out, x, np.zeros(size - 8, np.float32), count=1024, mode=with_index)
 
 
 # ---- Masks, repeats and strides -------------------------------------------------------------------------------------
