@@ -1279,7 +1279,7 @@ def test_vector_cores_of_a_cube_core_know_their_places(build):
     (0, SOCS, r"Matmul: products, .*REGIST_MATMUL_OBJ at .*not made by GetTiling", {"baseM": 8}),
     *((0, SOCS, r"Matmul: products, .*REGIST_MATMUL_OBJ at .*does not fit in L0A, L0B, L0C or L1", sizes)
       for sizes in ({"baseK": 1024, "dbL0A": 2}, {"baseN": 2048, "dbL0B": 2}, {"baseM": 256, "baseN": 256},
-                    {"baseM": 128, "baseN": 256, "dbL0C": 2}, {"depthA1": 1025})),
+                    {"baseM": 128, "baseN": 192, "dbL0C": 2}, {"depthA1": 1025})),
     (0, SOCS, r"tiling data: products, .*the struct has 200 bytes, the launch got 196", None),
 ])
 def test_rules_of_matrix_products(build, key, socs, message, tiling):

@@ -154,13 +154,13 @@ def instructions():
             type_)
         add("Compare", "Compare(d, x, y, static_cast<CMPMODE>(p.mode), p.count);", "uint8_t", type_,
             socs=ON_910B if type_ == "int32_t" else SOCS)
-    add("rows in", "DataCopyPad(d, Gm<int16_t>(a, p.counts[0]), "
-        "DataCopyExtParams(p.repeat, 2 * p.count, s[0], s[3], 0), "
-        "DataCopyPadExtParams<int16_t>(true, s[1], s[2], Scalar<int16_t>(p)));", "int16_t")
-    add("rows out", "const auto gm = Gm<int16_t>(out, p.counts[2]); "
-        "DataCopyPad(gm, x, DataCopyExtParams(p.repeat, 2 * p.count, s[3], s[0], 0)); PipeBarrier<PIPE_ALL>(); "
-        "DataCopyPad(d, gm, DataCopyExtParams(1, 2 * p.counts[2], 0, 0, 0), DataCopyPadExtParams<int16_t>());",
-        "int16_t")
+    add("rows in", "DataCopyPad(d, Gm<int8_t>(a, p.counts[0]), "
+        "DataCopyExtParams(p.repeat, p.count, s[0], s[3], 0), "
+        "DataCopyPadExtParams<int8_t>(true, s[1], s[2], Scalar<int8_t>(p)));", "int8_t")
+    add("rows out", "const auto gm = Gm<int8_t>(out, p.counts[2]); "
+        "DataCopyPad(gm, x, DataCopyExtParams(p.repeat, p.count, s[3], s[0], 0)); PipeBarrier<PIPE_ALL>(); "
+        "DataCopyPad(d, gm, DataCopyExtParams(1, p.counts[2], 0, 0, 0), DataCopyPadExtParams<int8_t>());",
+        "int8_t")
     for type_, socs in ATOMIC.items():
         add("SetAtomicAdd", f"const auto gm = Gm<{type_}>(out, p.counts[2]); SetAtomicAdd<{type_}>(); "
             "DataCopy(gm, x, p.count); SetAtomicNone(); PipeBarrier<PIPE_ALL>(); DataCopy(d, gm, p.count);", type_,
@@ -228,8 +228,11 @@ def run(build, soc, name, out, a, b=None, types=None, exact=False, **parameters)
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """The arithmetic kernel of each chip."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+
     def build(soc):
-        source = tmp_path_factory.mktemp(soc) / "arithmetic.cpp"
+        source = folder / soc / "arithmetic.cpp"
+        source.parent.mkdir()
         source.write_text(arithmetic_source(soc), encoding="utf-8")
         return compile_kernel(source, soc, {}, None)
 
@@ -321,6 +324,7 @@ def test_functions_of_a_number_and_a_scalar(build, soc, name):
             continue
         limits = np.iinfo(dtype)
         x = np.random.default_rng(1).integers(limits.min, limits.max, 999, dtype, endpoint=True)
+        x[:3] = 0, 1, limits.max
         for scalar in ((0, 1, 5, limits.bits - 1, limits.bits) if function is None else (0, -7, 12345)):
             if function is None:  # by Python's integers, which have no width
                 shifted = [int(value) << scalar if name == "ShiftLeft" else int(value) >> scalar for value in x]
@@ -548,31 +552,31 @@ def test_select_takes_the_first_where_the_bit_is_set(build, soc):
 def test_copies_of_rows(build, soc):
     """Rows of any length, apart in GM by bytes and in UB by blocks, where each starts anew and may be padded."""
     random = np.random.default_rng(11)
-    for _ in range(20):
-        num_rows, length = int(random.integers(1, 9)), int(random.integers(1, 70))
-        gm_gap, ub_gap = int(random.integers(0, 20)), int(random.integers(0, 4))  # elements, blocks
-        left = int(random.integers(0, 17))
-        right = -(left + length) % 16  # up to the end of a block
-        in_gm, ub_step = num_rows * (length + gm_gap), left + length + right + 16 * ub_gap
-        x = random.integers(-999, 999, in_gm).astype(np.int16)
-        out = random.integers(-999, 999, num_rows * ub_step).astype(np.int16)
+    for _ in range(100):
+        num_rows, length = int(random.integers(1, 9)), int(random.integers(1, 140))
+        gm_gap, ub_gap = int(random.integers(0, 40)), int(random.integers(0, 4))  # bytes, blocks
+        left = int(random.integers(0, 33))
+        right = -(left + length) % 32  # up to the end of a block
+        in_gm, ub_step = num_rows * (length + gm_gap), left + length + right + 32 * ub_gap
+        x = random.integers(-99, 99, in_gm).astype(np.int8)
+        out = random.integers(-99, 99, num_rows * ub_step).astype(np.int8)
         expected = out.copy()
         for row in range(num_rows):
             to, end = row * ub_step, row * ub_step + left + length + right
             expected[to:end] = -7
             expected[to + left:to + left + length] = x[row * (length + gm_gap):][:length]
         ours = run(build, soc, "rows in", out, x, repeat=num_rows, count=length, integer=-7,
-                   strides=[2 * gm_gap, left, right, ub_gap, 0, 0])
+                   strides=[gm_gap, left, right, ub_gap, 0, 0])
         np.testing.assert_array_equal(ours, expected)
 
-        ub_step = length + -length % 16 + 16 * ub_gap
-        x = random.integers(-999, 999, num_rows * ub_step).astype(np.int16)
-        out = random.integers(-999, 999, in_gm).astype(np.int16)
+        ub_step = length + -length % 32 + 32 * ub_gap
+        x = random.integers(-99, 99, num_rows * ub_step).astype(np.int8)
+        out = random.integers(-99, 99, in_gm).astype(np.int8)
         expected = out.copy()
         for row in range(num_rows):
             expected[row * (length + gm_gap):][:length] = x[row * ub_step:][:length]
         ours = run(build, soc, "rows out", out, x, repeat=num_rows, count=length,
-                   strides=[2 * gm_gap, 0, 0, ub_gap, 0, 0])
+                   strides=[gm_gap, 0, 0, ub_gap, 0, 0])
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -617,14 +621,15 @@ def footprint(name, types):
     elif name.startswith("Reduce"):
         out = b = None
     elif name.startswith("rows"):
-        given |= {"repeat": 1, "count": 512}
-        out = a = 512
+        given["repeat"] = 1
+        a = count
     return given, (out, a, b)
 
 
 @on_both
 def test_no_instruction_leaves_the_buffers_of_its_operands(build, soc):
     """Each works on buffers that end with its operands, and is stopped where one ends a block of 32 bytes earlier."""
+    stopped = set()  # one type of each size is enough
     for (name, *types), (_, socs) in instructions().items():
         if soc not in socs:
             continue
@@ -633,13 +638,15 @@ def test_no_instruction_leaves_the_buffers_of_its_operands(build, soc):
         if name == "Gather":
             arrays[2][:] = arrays[1].nbytes - arrays[1].itemsize
         run(build, soc, name, *arrays, types=types, exact=True, **given)
+        kind = (name, *(array.itemsize for array in arrays))
         for place, size in enumerate(sizes):
-            if size is not None:
+            if size is not None and kind not in stopped:
                 blocks = -(-arrays[place].nbytes // 32)
                 smaller = [*arrays]
                 smaller[place] = arrays[place][:(blocks - 1) * 32 // arrays[place].itemsize]
                 with pytest.raises(CheckFailed, match=r"out of bounds: arithmetic, core 0, \w+ at arithmetic\.cpp"):
                     run(build, soc, name, *smaller, types=types, exact=True, **given)
+        stopped.add(kind)
 
 
 @on_both
