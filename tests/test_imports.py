@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"config"},
     "rewards": {"data"},
     "ops": set(),
-    "model": {"ops", "config"},
+    "model": {"ops", "data", "config"},
     "distillation": {"model", "data", "rewards", "config"},
     "trainers": {"model", "data", "rewards", "config", "ops", "distillation"},
     # ops: the choice of kernels when a process starts, and the optimizer's update; ascend_kernels: the operators' host

@@ -57,14 +57,125 @@ def documents_to_samples(documents, seq_len):
     return tokenized_to_samples([(piece, np.arange(len(piece)) > 0) for piece in pieces])
 
 
-class PackedBatches:
+class PackedRows:
+    """Samples packed into rows, to be assembled into batches of fixed shapes.
+
+    seq_len: tokens per row; micro_batch_rows: rows per micro-batch. pad_id fills the end of a row. on_long: samples
+    over seq_len are dropped and counted ("drop") or refused ("raise"); never cut. max_documents: documents per micro-batch
+    that C has room for, max_targets: targets that S has room for; default: as many as this data set needs at most.
+    Setting them keeps the shapes, and so the compiled step, across data sets.
+    Raises ValueError for settings or samples that cannot be used, naming the samples.
+    """
+
+    def __init__(
+        self, samples, *, seq_len, micro_batch_rows, pad_id, on_long="drop", max_documents=None, max_targets=None
+    ):
+        if min(seq_len, micro_batch_rows) < 1:
+            raise ValueError(f"seq_len={seq_len}, micro_batch_rows={micro_batch_rows}: both have to be positive.")
+        if on_long not in ("drop", "raise"):
+            raise ValueError(f"on_long={on_long!r}: expected 'drop' or 'raise'.")
+        self.seq_len, self.micro_batch_rows, self.pad_id, self._samples = seq_len, micro_batch_rows, pad_id, samples
+        targets_before = _check_samples(samples)  # [N + 1]
+
+        lengths_N = np.diff(samples.offsets)
+        kept = np.flatnonzero(lengths_N <= seq_len)
+        self.num_samples, self.num_dropped = kept.size, lengths_N.size - kept.size
+        if not kept.size or (self.num_dropped and on_long == "raise"):
+            raise ValueError(
+                f"data.seq_len={seq_len}: {self.num_dropped} of {lengths_N.size} samples are longer, the longest "
+                f"sample has {lengths_N.max()} tokens; raise data.seq_len or shorten the samples."
+            )
+        order_N, self._row_starts = pack_best_fit(lengths_N[kept], seq_len)
+        self._order_N = order_N = kept[order_N]
+        # Per sample in packed order: where its tokens and its targets start, and how many there are.
+        self._token_starts, self._lengths = samples.offsets[order_N], lengths_N[order_N]
+        self._target_starts = targets_before[order_N]
+        self._num_targets = targets_before[order_N + 1] - self._target_starts
+
+        first = self._row_starts[:-1]
+        self.num_rows = first.size
+        row_tokens = np.add.reduceat(self._lengths, first)
+        self._row_targets = np.add.reduceat(self._num_targets, first)
+        self._row_documents = np.diff(self._row_starts) + (row_tokens < seq_len)
+        self.num_targets = int(self._row_targets.sum())
+        self.fill = float(row_tokens.sum() / (self.num_rows * seq_len))
+        self._max_documents, self._max_targets = max_documents, max_targets
+        self._set_shapes(1)
+        self._extras = tuple(samples.extras[name] for name in sorted(samples.extras))
+
+    def _set_shapes(self, repeats):
+        """C and S for micro-batches that hold a row at most `repeats` times."""
+        largest = []
+        for per_row in (self._row_documents, self._row_targets):
+            largest.append(int(np.sort(np.repeat(per_row, repeats))[-self.micro_batch_rows :].sum()))
+        # Rows that are missing in a micro-batch are one document of padding each.
+        largest[0] += max(0, self.micro_batch_rows - repeats * self.num_rows)
+        for name, room, needed in (
+            ("max_documents", self._max_documents, largest[0]),
+            ("max_targets", self._max_targets, largest[1]),
+        ):
+            if room is not None and needed > room:
+                raise ValueError(
+                    f"{name}={room}: a micro-batch of this data set has up to {needed}; raise {name} or lower "
+                    "micro_batch_rows."
+                )
+        self.C = 1 + (largest[0] if self._max_documents is None else self._max_documents)
+        self.S = -(-(largest[1] if self._max_targets is None else self._max_targets) // 8) * 8
+
+    def assemble(self, rows_AR):
+        """The Batch of these rows; -1 stands for an empty row, all padding and of no weight."""
+        rows_AR = np.where(np.asarray(rows_AR) < 0, self.num_rows, rows_AR)
+        row_starts = np.append(self._row_starts, self._row_starts[-1])  # the last row is the empty one
+        num_micro = rows_AR.shape[0]
+        num_tokens = self.micro_batch_rows * self.seq_len
+        batch = Batch(
+            tokens_AT=np.full((num_micro, num_tokens), self.pad_id, np.int32),
+            positions_AT=np.empty((num_micro, num_tokens), np.int32),
+            cu_seqlens_AC=np.full((num_micro, self.C), num_tokens, np.int64),
+            target_index_AS=np.zeros((num_micro, self.S), np.int32),
+            labels_AS=np.zeros((num_micro, self.S), np.int32),
+            loss_weights_AS=np.zeros((num_micro, self.S), np.float32),
+            extras=tuple(np.zeros((num_micro, self.S, *extra.shape[1:]), extra.dtype) for extra in self._extras),
+        )
+        for micro, rows in enumerate(rows_AR):
+            first, num_documents = row_starts[rows], row_starts[rows + 1] - row_starts[rows]
+            members = _ranges(first, num_documents)  # samples in packed order, row after row
+            lengths = self._lengths[members]
+            row_of_member = np.repeat(np.arange(rows.size), num_documents)
+            # Start of each sample within the micro-batch: its row's start plus what stands before it in the row.
+            before = np.cumsum(lengths) - lengths
+            before_row = np.append(before, 0)[np.cumsum(num_documents) - num_documents]  # an empty row may come last
+            starts = row_of_member * self.seq_len + before - before_row[row_of_member]
+            row_ends = np.arange(1, rows.size + 1) * self.seq_len
+
+            # Document ends: every sample's end and every row's end; where a row is full the two are the same.
+            ends = np.unique(np.concatenate([starts + lengths, row_ends]))
+            batch.cu_seqlens_AC[micro, 0] = 0
+            batch.cu_seqlens_AC[micro, 1 : 1 + ends.size] = ends
+            document_lengths = np.diff(ends, prepend=0)
+            batch.positions_AT[micro] = _ranges(np.zeros_like(ends), document_lengths)
+
+            source = _ranges(self._token_starts[members], lengths)
+            place = _ranges(starts, lengths)
+            tokens = self._samples.tokens[source]
+            batch.tokens_AT[micro, place] = tokens
+            is_target = self._samples.is_target[source]
+            num_targets = int(is_target.sum())
+            batch.target_index_AS[micro, :num_targets] = place[is_target] - 1
+            batch.labels_AS[micro, :num_targets] = tokens[is_target]
+            batch.loss_weights_AS[micro, :num_targets] = 1.0
+            if self._extras:
+                targets = _ranges(self._target_starts[members], self._num_targets[members])
+                for extra, padded in zip(self._extras, batch.extras, strict=True):
+                    padded[micro, :num_targets] = extra[targets]
+        return batch
+
+
+class PackedBatches(PackedRows):
     """An endless iterator of Batch over epochs; its place is three integers.
 
-    samples: Samples. seq_len: tokens per row. rows_per_step: rows per optimizer step, a multiple of micro_batch_rows
-    (rows per micro-batch). pad_id fills the end of a row. seed: the rows of epoch e are shuffled by (seed, e).
-    on_long: samples over seq_len are dropped and counted ("drop") or refused ("raise"); never cut.
-    max_documents: documents per micro-batch that C has room for; default: as many as this data set needs at most.
-    Setting it keeps the shapes, and so the compiled step, across data sets.
+    rows_per_step: rows per optimizer step, a multiple of micro_batch_rows. seed: the rows of epoch e are shuffled by
+    (seed, e). The rest as PackedRows.
 
     An epoch whose last step is incomplete fills it with the first rows of the next epoch's order, and the next epoch
     goes on behind them: over E epochs' worth of rows every row is seen E times.
@@ -79,60 +190,25 @@ class PackedBatches:
                 f"seq_len={seq_len}, rows_per_step={rows_per_step}, micro_batch_rows={micro_batch_rows}: all have to "
                 "be positive and rows_per_step a multiple of micro_batch_rows; change one of the two."
             )
-        if on_long not in ("drop", "raise"):
-            raise ValueError(f"on_long={on_long!r}: expected 'drop' or 'raise'.")
-        self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
-        self.pad_id, self.seed, self._samples = pad_id, seed, samples
-        targets_before = _check_samples(samples)  # [N + 1]
-
-        lengths_N = np.diff(samples.offsets)
-        kept = np.flatnonzero(lengths_N <= seq_len)
-        self.num_samples, self.num_dropped = kept.size, lengths_N.size - kept.size
-        if not kept.size or (self.num_dropped and on_long == "raise"):
-            raise ValueError(
-                f"data.seq_len={seq_len}: {self.num_dropped} of {lengths_N.size} samples are longer, the longest "
-                f"sample has {lengths_N.max()} tokens; raise data.seq_len or shorten the samples."
-            )
-        order_N, self._row_starts = pack_best_fit(lengths_N[kept], seq_len)
-        order_N = kept[order_N]
-        # Per sample in packed order: where its tokens and its targets start, and how many there are.
-        self._token_starts, self._lengths = samples.offsets[order_N], lengths_N[order_N]
-        self._target_starts = targets_before[order_N]
-        self._num_targets = targets_before[order_N + 1] - self._target_starts
-
-        first = self._row_starts[:-1]
-        row_tokens, row_targets = np.add.reduceat(self._lengths, first), np.add.reduceat(self._num_targets, first)
-        row_documents = np.diff(self._row_starts) + (row_tokens < seq_len)
-        if not row_targets.all():
-            bare = np.flatnonzero(row_targets == 0)
+        super().__init__(
+            samples, seq_len=seq_len, micro_batch_rows=micro_batch_rows, pad_id=pad_id, on_long=on_long,
+            max_documents=max_documents,
+        )
+        self.rows_per_step, self.seed = rows_per_step, seed
+        if not self._row_targets.all():
+            bare = np.flatnonzero(self._row_targets == 0)
             row = bare[0]
             raise ValueError(
-                f"{bare.size} of {first.size} rows have no supervised token; the first holds the samples "
-                f"{_listed(order_N[self._row_starts[row] : self._row_starts[row + 1]])}: expected at least one target "
-                "per row; remove samples without an answer."
+                f"{bare.size} of {self.num_rows} rows have no supervised token; the first holds the samples "
+                f"{_listed(self._order_N[self._row_starts[row] : self._row_starts[row + 1]])}: expected at least one "
+                "target per row; remove samples without an answer."
             )
-        self.num_rows = first.size
-        self.num_targets = int(row_targets.sum())
-        self.fill = float(row_tokens.sum() / (self.num_rows * seq_len))
         self.steps_per_epoch = -(-self.num_rows // rows_per_step)
-        num_documents = self._largest_sum(row_documents)
-        if max_documents is not None and num_documents > max_documents:
-            raise ValueError(
-                f"max_documents={max_documents}: a micro-batch of this data set has up to {num_documents} documents; "
-                "raise max_documents or lower micro_batch_rows."
-            )
-        self.C = 1 + (num_documents if max_documents is None else max_documents)
-        self.S = -(-self._largest_sum(row_targets) // 8) * 8
-        self._extras = tuple(samples.extras[name] for name in sorted(samples.extras))
-        self._epoch = self._row = self._step = 0
-        self._order = self._order_of(0)
-
-    def _largest_sum(self, per_row):
         # Where epochs do not end with a micro-batch, one micro-batch holds rows of two epochs (more if the data set
         # is smaller than a micro-batch) and can hold the same row again.
-        rows = self.micro_batch_rows
-        repeats = 1 if self.num_rows % rows == 0 else 1 + -(-rows // self.num_rows)
-        return int(np.sort(np.repeat(per_row, repeats))[-rows:].sum())
+        self._set_shapes(1 if self.num_rows % micro_batch_rows == 0 else 1 + -(-micro_batch_rows // self.num_rows))
+        self._epoch = self._row = self._step = 0
+        self._order = self._order_of(0)
 
     def _order_of(self, epoch):
         seeds = np.random.SeedSequence([self.seed, epoch])
@@ -167,52 +243,7 @@ class PackedBatches:
                 self._epoch, self._row = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
         self._step += 1
-        return self._assemble(np.array(rows).reshape(-1, self.micro_batch_rows))
-
-    def _assemble(self, rows_AR):
-        num_micro = rows_AR.shape[0]
-        num_tokens = self.micro_batch_rows * self.seq_len
-        batch = Batch(
-            tokens_AT=np.full((num_micro, num_tokens), self.pad_id, np.int32),
-            positions_AT=np.empty((num_micro, num_tokens), np.int32),
-            cu_seqlens_AC=np.full((num_micro, self.C), num_tokens, np.int64),
-            target_index_AS=np.zeros((num_micro, self.S), np.int32),
-            labels_AS=np.zeros((num_micro, self.S), np.int32),
-            loss_weights_AS=np.zeros((num_micro, self.S), np.float32),
-            extras=tuple(np.zeros((num_micro, self.S, *extra.shape[1:]), extra.dtype) for extra in self._extras),
-        )
-        for micro, rows in enumerate(rows_AR):
-            first, num_documents = self._row_starts[rows], self._row_starts[rows + 1] - self._row_starts[rows]
-            members = _ranges(first, num_documents)  # samples in packed order, row after row
-            lengths = self._lengths[members]
-            row_of_member = np.repeat(np.arange(rows.size), num_documents)
-            # Start of each sample within the micro-batch: its row's start plus what stands before it in the row.
-            before = np.cumsum(lengths) - lengths
-            before_row = before[np.cumsum(num_documents) - num_documents]
-            starts = row_of_member * self.seq_len + before - before_row[row_of_member]
-            row_ends = np.arange(1, rows.size + 1) * self.seq_len
-
-            # Document ends: every sample's end and every row's end; where a row is full the two are the same.
-            ends = np.unique(np.concatenate([starts + lengths, row_ends]))
-            batch.cu_seqlens_AC[micro, 0] = 0
-            batch.cu_seqlens_AC[micro, 1 : 1 + ends.size] = ends
-            document_lengths = np.diff(ends, prepend=0)
-            batch.positions_AT[micro] = _ranges(np.zeros_like(ends), document_lengths)
-
-            source = _ranges(self._token_starts[members], lengths)
-            place = _ranges(starts, lengths)
-            tokens = self._samples.tokens[source]
-            batch.tokens_AT[micro, place] = tokens
-            is_target = self._samples.is_target[source]
-            num_targets = int(is_target.sum())
-            batch.target_index_AS[micro, :num_targets] = place[is_target] - 1
-            batch.labels_AS[micro, :num_targets] = tokens[is_target]
-            batch.loss_weights_AS[micro, :num_targets] = 1.0
-            if self._extras:
-                targets = _ranges(self._target_starts[members], self._num_targets[members])
-                for extra, padded in zip(self._extras, batch.extras, strict=True):
-                    padded[micro, :num_targets] = extra[targets]
-        return batch
+        return self.assemble(np.array(rows).reshape(-1, self.micro_batch_rows))
 
 
 def _ranges(starts, lengths):

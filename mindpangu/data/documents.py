@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import zstandard
 
+TASK_TYPES = ("math", "code", "preference")
 ROLES = ("system", "user", "assistant", "tool", "function")
 # One equation of a GSM8K rationale, as in "48/2 = <<48/2=24>>24". No annotation of the data set nests another.
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
@@ -27,10 +28,12 @@ class Message(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One conversation. value: the verifiable final answer where there is one, e.g. "72"."""
+    """One conversation, whose last message is the reference reply; that of a bare problem is empty."""
 
     messages: tuple[Message, ...]
-    value: str | None = None
+    value: str | None = None  # the verifiable final answer where there is one, e.g. "72"
+    tests: tuple[str, ...] = ()  # Python programs, each run after the answer's code; one that raises has failed
+    task_type: str | None = None  # one of TASK_TYPES, the verifier that judges an answer
 
 
 def read_chats(paths, on_error="raise"):

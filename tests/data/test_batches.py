@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindpangu.data.batches import PackedBatches, Samples, documents_to_samples, tokenized_to_samples
+from mindpangu.data.batches import PackedBatches, PackedRows, Samples, documents_to_samples, tokenized_to_samples
 
 PAD = 999_999
 SETTINGS = {"seq_len": 16, "rows_per_step": 4, "micro_batch_rows": 2, "pad_id": PAD, "seed": 7}
@@ -194,3 +194,36 @@ def test_unusable_data_is_named():
         packed([([1] * 16, [False] * 16), good])
     with pytest.raises(ValueError, match="extra 'logprob' has 2 rows, the data set has 1 targets"):
         packed([good], {"logprob": np.zeros(2)})
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(2, 16), min_size=1, max_size=30), micro_batch_rows=st.integers(1, 5),
+       seed=st.integers(0, 99))
+def test_packed_rows_assemble_every_target_once_beside_empty_rows(lengths, micro_batch_rows, seed):
+    """All rows in any order, filled up with empty ones anywhere: each target stands once, with its own extra."""
+    _, samples = make_samples(lengths, seed)
+    num_targets = int(samples.is_target.sum())
+    samples = samples._replace(extras={"slot": np.arange(num_targets)})
+    packed = PackedRows(samples, seq_len=16, micro_batch_rows=micro_batch_rows, pad_id=PAD)
+    num_micro = -(-packed.num_rows // micro_batch_rows) + 1
+    rows = np.full(num_micro * micro_batch_rows, -1)
+    rows[:packed.num_rows] = np.arange(packed.num_rows)
+    batch = packed.assemble(np.random.default_rng(seed).permutation(rows).reshape(num_micro, micro_batch_rows))
+    used = batch.loss_weights_AS == 1
+    [slots] = batch.extras
+    assert sorted(slots[used].tolist()) == list(range(num_targets))
+    assert (samples.tokens[samples.is_target][slots[used]] == batch.labels_AS[used]).all()
+    assert (np.diff(batch.cu_seqlens_AC, axis=1) >= 0).all()
+    assert (batch.cu_seqlens_AC[:, -1] == micro_batch_rows * 16).all()
+    tokens = sum(int((batch.tokens_AT[micro] != PAD).sum()) for micro in range(num_micro))
+    assert tokens == len(samples.tokens)
+
+
+def test_packed_rows_keep_the_shapes_they_are_given():
+    for lengths in ([3, 5, 9], [16, 16, 4, 2, 2]):
+        _, samples = make_samples(lengths)
+        packed = PackedRows(samples, seq_len=16, micro_batch_rows=2, pad_id=PAD, max_documents=9, max_targets=32)
+        batch = packed.assemble(np.array([[0, -1]]))
+        assert batch.cu_seqlens_AC.shape == (1, 10) and batch.labels_AS.shape == (1, 32)
+    with pytest.raises(ValueError, match="max_targets=1: a micro-batch of this data set has up to .*raise max_targets"):
+        PackedRows(samples, seq_len=16, micro_batch_rows=2, pad_id=PAD, max_targets=1)
