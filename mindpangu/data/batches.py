@@ -29,6 +29,16 @@ class Batch(NamedTuple):
     loss_weights_AS: np.ndarray  # float32, 1 for a target, 0 for an unused slot (index 0, label 0)
     extras: tuple  # one [A, S, ...] array per extra, in sorted name order, zeros in unused slots
 
+    @property
+    def num_micro_batches(self):
+        """How many of the A have to be computed: all."""
+        return len(self.tokens_AT)
+
+    @property
+    def num_tokens(self):
+        """Tokens that are computed, padding included."""
+        return self.tokens_AT.size
+
     def arrays(self):
         """The flat positional tuple of arrays: compiled functions compile again for every NamedTuple argument."""
         return (*self[:-1], *self.extras)
@@ -61,9 +71,9 @@ class PackedRows:
     """Samples packed into rows, to be assembled into batches of fixed shapes.
 
     seq_len: tokens per row; micro_batch_rows: rows per micro-batch. pad_id fills the end of a row. on_long: samples
-    over seq_len are dropped and counted ("drop") or refused ("raise"); never cut. max_documents: documents per micro-batch
-    that C has room for, max_targets: targets that S has room for; default: as many as this data set needs at most.
-    Setting them keeps the shapes, and so the compiled step, across data sets.
+    over seq_len are dropped and counted ("drop") or refused ("raise"); never cut. max_documents, max_targets: what C
+    and S have room for in a micro-batch; default: as many as this data set needs at most. Setting them keeps the
+    shapes, and so the compiled step, across data sets.
     Raises ValueError for settings or samples that cannot be used, naming the samples.
     """
 
@@ -232,6 +242,10 @@ class PackedBatches(PackedRows):
 
     def __iter__(self):
         return self
+
+    def take_metrics(self):
+        """Numbers for the step line since the last call: none."""
+        return {}
 
     def __next__(self):
         rows = []

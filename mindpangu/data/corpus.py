@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 
 from .arithmetic import make_problems, to_example
-from .documents import read_chats, read_documents, read_gsm8k
+from .documents import read_chats, read_documents, read_gsm8k, read_problems
 
 
 class Corpus(NamedTuple):
@@ -68,4 +68,6 @@ def _read(data, paths):
         return read_chats(paths, data.on_error)
     if data.source == "gsm8k":
         return read_gsm8k(paths, _dress(data), data.on_error)
+    if data.source == "problems":
+        return read_problems(paths, data.on_error)
     return read_documents(paths, data.on_error)

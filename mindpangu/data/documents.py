@@ -1,4 +1,4 @@
-"""Readers: files of chats, of problems in GSM8K form, of plain documents -> Example or str.
+"""Readers: files of chats, of problems (in GSM8K form, or bare), of plain documents -> Example or str.
 
 The files are small enough to hold in memory (post-training data); each reader returns a list.
 """
@@ -36,6 +36,11 @@ class Example(NamedTuple):
     task_type: str | None = None  # one of TASK_TYPES, the verifier that judges an answer
 
 
+def task_type(example):
+    """Which verifier judges answers to an Example: one of TASK_TYPES, its own or what it has says."""
+    return example.task_type or ("code" if example.tests else "math" if example.value is not None else "preference")
+
+
 def read_chats(paths, on_error="raise"):
     """Read JSONL lines {"messages": [{"role", "content"[, "reasoning_content"]}, ...][, "value": "..."]}.
 
@@ -55,6 +60,17 @@ def read_gsm8k(paths, dress, on_error="raise"):
     """
     check_dress(dress)
     return _read_lines(paths, lambda fields: _parse_gsm8k(fields, dress), on_error)
+
+
+def read_problems(paths, on_error="raise"):
+    """Read JSONL lines {"prompt" or "messages", "answer" and/or "tests", "task_type"}: problems to be answered.
+
+    prompt: what the user says; or messages as in read_chats, up to the user's last turn. answer: the verifiable final
+    answer, a string or a number; tests: a list of Python programs that are run after the answer's code. task_type: one
+    of TASK_TYPES; without it, code where there are tests, math where there is an answer, else preference.
+    The Examples end in an assistant's message with empty content. Returns and errors as read_chats.
+    """
+    return _read_lines(paths, _parse_problem, on_error)
 
 
 def read_documents(paths, on_error="raise"):
@@ -113,6 +129,33 @@ def _parse_message(fields, position):
             raise ValueError(f"{where}.reasoning_content on role {role!r}: expected it on 'assistant' only")
         thoughts = _text_field(fields, "reasoning_content", where)
     return Message(role, content, thoughts)
+
+
+def _parse_problem(fields):
+    if "messages" in fields:
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"messages={_shown(messages)}: expected a non-empty list of {{\"role\", \"content\"}}")
+        messages = tuple(_parse_message(message, position) for position, message in enumerate(messages))
+        if messages[-1].role != "user":
+            raise ValueError(f"the last message has role {messages[-1].role!r}: expected 'user', whom to answer")
+    else:
+        messages = (Message("user", _text_field(fields, "prompt")),)
+    value, tests = fields.get("answer"), fields.get("tests") or []
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    elif value is not None:
+        value = _text_field(fields, "answer")
+    if not isinstance(tests, list) or not all(isinstance(test, str) and test.strip() for test in tests):
+        raise ValueError(f"tests={_shown(tests)}: expected a list of Python programs, such as [\"assert f(1) == 2\"]")
+    task_type = fields.get("task_type") or ("code" if tests else "math" if value is not None else "preference")
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"task_type={_shown(task_type)} is unknown: expected one of {', '.join(TASK_TYPES)}")
+    for needed, missing in (("math", value is None), ("code", not tests)):
+        if task_type == needed and missing:
+            raise ValueError(f"task_type={task_type} without {'tests' if needed == 'code' else 'answer'}: nothing to "
+                             "verify an answer by")
+    return Example((*messages, Message("assistant", "")), value, tuple(tests), task_type)
 
 
 def _parse_gsm8k(fields, dress):

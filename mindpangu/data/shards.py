@@ -50,7 +50,7 @@ def write_shard(path, arrays):
     header = json.dumps({"arrays": entries}, separators=(",", ":")).encode()
     content = b"".join([_MAGIC, len(header).to_bytes(8, "little"), header, *payload])
     checksum = xxhash.xxh3_128(content)
-    _write_aside(Path(path), content + checksum.digest())
+    write_aside(path, content + checksum.digest())
     return checksum.hexdigest()
 
 
@@ -163,7 +163,7 @@ class ShardFolder:
         shards = self._manifest["shards"]
         # Numeric order, so that the bytes don't depend on the order in which shards were finished.
         ordered = {**self._manifest, "shards": {i: shards[i] for i in sorted(shards, key=int)}}
-        _write_aside(self.folder / "manifest.json", (json.dumps(ordered, indent=1) + "\n").encode())
+        write_aside(self.folder / "manifest.json", (json.dumps(ordered, indent=1) + "\n").encode())
 
 
 def _read_manifest(path, wanted):
@@ -183,7 +183,9 @@ def _read_manifest(path, wanted):
     return manifest
 
 
-def _write_aside(path, content):
+def write_aside(path, content):
+    """Write bytes to a file in one step: the old content or the new one, never a part. OSError names the path."""
+    path = Path(path)
     aside = path.with_name(path.name + _ASIDE)
     try:
         with open(aside, "wb") as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mindpangu.data.documents import Example, Message, read_chats, read_documents, read_gsm8k
+from mindpangu.data.documents import Example, Message, read_chats, read_documents, read_gsm8k, read_problems
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k"
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -154,3 +154,48 @@ def test_the_real_gsm8k_reads_without_an_error():
     assert train[0].value == "72" and train[0].messages[-1].content == "48/2=24\n48+24=72\n#### 72"
     assert not any("<<" in example.messages[-1].thoughts for example in train if example.messages[-1].thoughts)
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", example.value) for example in train + heldout)
+
+
+PROBLEMS = [
+    {"prompt": "What is 6 * 7?", "answer": "42"},
+    {"prompt": "What is 6 * 7?", "answer": 42, "task_type": "math"},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add."}], "answer": 1.5},
+    {"prompt": "Write f.", "tests": ["assert f(1) == 2", "assert f(2) == 3"]},
+    {"prompt": "Write f.", "tests": ["assert f(1) == 2"], "answer": "unused", "task_type": "code"},
+    {"prompt": "Tell a story."},
+]
+
+
+def test_problems_get_their_verifier_from_what_they_hold(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    problems, errors = read_problems(path)
+    assert not errors
+    assert [problem.task_type for problem in problems] == ["math", "math", "math", "code", "code", "preference"]
+    assert [problem.value for problem in problems] == ["42", "42", "1.5", None, "unused", None]
+    assert problems[3].tests == ("assert f(1) == 2", "assert f(2) == 3")
+    assert [message.role for message in problems[2].messages] == ["system", "user", "assistant"]
+    assert all(problem.messages[-1] == Message("assistant", "") for problem in problems)
+
+
+@pytest.mark.parametrize(("problem", "reason"), [
+    ({"answer": "42"}, "missing key 'prompt'"),
+    ({"prompt": " ", "answer": "42"}, "prompt is empty"),
+    ({"prompt": "a", "answer": ["42"]}, "answer=.*expected a string"),
+    ({"prompt": "a", "answer": True}, "answer=True: expected a string"),
+    ({"prompt": "a", "tests": "assert f()"}, "tests=.*expected a list of Python programs"),
+    ({"prompt": "a", "tests": [""]}, "tests=.*expected a list of Python programs"),
+    ({"prompt": "a", "task_type": "poetry"}, "task_type='poetry' is unknown: expected one of math, code, preference"),
+    ({"prompt": "a", "task_type": "math"}, "task_type=math without answer"),
+    ({"prompt": "a", "answer": "1", "task_type": "code"}, "task_type=code without tests"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     "last message has role 'assistant': expected 'user'"),
+    ({"messages": []}, "messages=.*expected a non-empty list"),
+])
+def test_a_broken_problem_is_an_error_that_says_where_and_what(tmp_path, problem, reason):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps(PROBLEMS[0]) + "\n" + json.dumps(problem) + "\n")
+    with pytest.raises(ValueError, match=f"problems.jsonl:2: .*{reason}"):
+        read_problems(path)
+    problems, errors = read_problems(path, "skip")
+    assert len(problems) == 1 and len(errors) == 1
