@@ -35,6 +35,7 @@ BENCHMARKS = {
     "linear": ("bench_primitives", "bench_linear"),
     "primitives": ("bench_primitives", "bench_primitives"),
     "embedding": ("bench_primitives", "bench_embedding"),
+    "maths": ("bench_rewards", "bench_maths"),
 }
 
 
