@@ -6,30 +6,19 @@ itself; without, a conversation goes on line by line until an empty line.
 
 import argparse
 import sys
-from pathlib import Path
 
 from mindpangu.config import RunConfig
 from mindpangu.data.chat import decode_response, encode_prompt
 from mindpangu.data.documents import Message
 from mindpangu.data.tokenizer import Tokenizer
-from mindpangu.runtime.checkpoint import newest_checkpoint
+from mindpangu.runtime.checkpoint import find_model
 from mindpangu.runtime.device import start
-
-
-def find_model(path):
-    """The folder with the weights that a run, checkpoint or Hugging Face folder means."""
-    path = Path(path)
-    folder = path if (path / "config.json").is_file() else newest_checkpoint(path)
-    if folder is None or not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"{path}: expected a run folder with a checkpoint, or a folder with config.json, weights and "
-                         "tokenizer.model.")
-    return folder
 
 
 def answer_all(folder, conversations, *, max_new_tokens, temperature, seed, device="CPU"):
     """An assistant's Message for each conversation (lists of Message that end with the user's)."""
     start(RunConfig(device=device, kernels="native" if device == "Ascend" else "reference"))
-    from mindpangu.model.generate import Generator, uniforms
+    from mindpangu.model.generate import Generator
     from mindpangu.model.weights import load_model
 
     tokenizer, model = Tokenizer(folder / "tokenizer.model"), load_model(folder)
@@ -42,7 +31,7 @@ def answer_all(folder, conversations, *, max_new_tokens, temperature, seed, devi
     prompt_len = min(-(-longest // 64) * 64, limit - max_new_tokens)
     generator = Generator(model, num_slots=len(prompts), prompt_len=prompt_len, max_new_tokens=max_new_tokens,
                           eos_id=tokenizer.turn_end_id, pad_id=tokenizer.pad_id, temperature=temperature)
-    answers = generator.generate(prompts, lambda i: uniforms(seed, i, 0, max_new_tokens))
+    answers = generator.generate(prompts, [(seed, i, 0) for i in range(len(prompts))])
     return [decode_response(tokenizer, answer.tokens) for answer in answers]
 
 

@@ -86,7 +86,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where the examples come from and how they become rows."""
 
-    source: str = "arithmetic"  # arithmetic (built in) | chats | gsm8k | documents
+    source: str = "arithmetic"  # arithmetic (built in) | chats | gsm8k | documents | problems (for grpo)
     train: list[str] = field(default_factory=list)  # files of the training examples; empty for arithmetic
     heldout: list[str] = field(default_factory=list)  # files of the held-out examples; empty: num_heldout of train
     dress: str = "fast"  # reasoning: thoughts and answer | fast: the short worked answer | result: the bare result |
@@ -100,7 +100,7 @@ class DataConfig(_Section):
     on_error: str = "raise"  # malformed line: raise | skip (counted and reported)
 
     def check(self):
-        _one_of("data.source", self.source, ("arithmetic", "chats", "gsm8k", "documents"))
+        _one_of("data.source", self.source, ("arithmetic", "chats", "gsm8k", "documents", "problems"))
         _one_of("data.dress", self.dress, ("reasoning", "fast", "result", "text"))
         _require(self.source != "documents" or self.dress == "text",
                  f"data.dress={self.dress} with data.source=documents: plain documents are text; use "
@@ -113,7 +113,7 @@ class DataConfig(_Section):
         if self.source == "arithmetic":
             _require(not self.train and not self.heldout,
                      f"data.train={self.train}: the built-in problems need no files; "
-                     "choose data=chats, data=gsm8k or data=documents to read yours.")
+                     "choose data=chats, data=gsm8k, data=documents or data=problems to read yours.")
             _at_least("data.num_examples", self.num_examples, 1)
         else:
             _require(self.train, f"data.train is empty: data.source={self.source} needs at least one file, "
@@ -126,11 +126,13 @@ class TrainConfig(_Section):
 
     epochs: float = 0.0  # passes over the rows; this or steps
     steps: int = 0  # optimizer steps; this or epochs
-    rows_per_step: int = MISSING  # rows of data.seq_len tokens in an optimizer step, over all ranks
+    rows_per_step: int = MISSING  # rows of data.seq_len tokens in an optimizer step, over all ranks; 0 in grpo, whose
+    #                               answers decide how many there are
     micro_batch_rows: int = MISSING  # rows in one forward and backward; divides rows_per_step
     lr: float = MISSING  # peak learning rate
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 0  # linear from 0
+    decay_steps: int = 0  # where the cosine ends; 0: with the run
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -143,18 +145,46 @@ class TrainConfig(_Section):
                  f"train.steps={self.steps} and train.epochs={self.epochs}: give exactly one of them; "
                  "the other is 0.")
         _at_least("train.micro_batch_rows", self.micro_batch_rows, 1)
-        _require(self.rows_per_step >= 1 and self.rows_per_step % self.micro_batch_rows == 0,
+        _require(self.rows_per_step >= 0 and self.rows_per_step % self.micro_batch_rows == 0,
                  f"train.rows_per_step={self.rows_per_step} is not a positive multiple of "
                  f"train.micro_batch_rows={self.micro_batch_rows}.")
         _require(self.lr > 0, f"train.lr={self.lr}: expected above 0.")
         _in_range("train.min_lr", self.min_lr, 0.0, self.lr)
         _at_least("train.warmup_steps", self.warmup_steps, 0)
+        _require(self.decay_steps == 0 or self.decay_steps > self.warmup_steps,
+                 f"train.decay_steps={self.decay_steps}: expected 0, or more than "
+                 f"train.warmup_steps={self.warmup_steps}.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected in [0, 1).")
         _require(self.eps > 0, f"train.eps={self.eps}: expected above 0.")
         _at_least("train.weight_decay", self.weight_decay, 0)
         _require(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: expected above 0.")
         _at_least("train.eval_every", self.eval_every, 0)
+
+
+@dataclass
+class RolloutServerConfig(_Section):
+    """An OpenAI-compatible server that takes and returns token ids and log-probabilities: vLLM, or mindpangu.serve."""
+
+    url: str | None = None  # for example http://127.0.0.1:8000/v1
+    model: str = "mindpangu"  # its name there
+    api_key_env: str | None = None  # environment variable that holds the key
+    timeout_s: float = 3600.0  # of a request: prompts_per_request answers
+    max_retries: int = 5
+    num_parallel: int = 8  # requests at a time
+    prompts_per_request: int = 64
+    weights_dir: str | None = None  # where weights are handed over, seen by the server under the same path; null:
+    #                                 "served" in the run folder
+    reload_url: str | None = None  # POSTed when weights have changed; null: <url without /v1>/reload
+    reload_body: str = '{"path": "{folder}"}'  # {folder}: the safetensors folder
+
+    def check(self):
+        _require(self.timeout_s > 0, f"rollout.server.timeout_s={self.timeout_s}: expected above 0.")
+        _at_least("rollout.server.max_retries", self.max_retries, 0)
+        for name in ("num_parallel", "prompts_per_request"):
+            _at_least(f"rollout.server.{name}", getattr(self, name), 1)
+        _require("{folder}" in self.reload_body,
+                 f"rollout.server.reload_body={self.reload_body!r}: expected JSON with {{folder}} in it.")
 
 
 @dataclass
@@ -172,8 +202,14 @@ class RolloutConfig(_Section):
     drop: list[str] = field(default_factory=list)  # answers not to train on: truncated | repetitive | wrong | short
     min_tokens: int = 4  # below it an answer is short
     max_repeats: int = 4  # more immediate repeats of an up-to-16-token phrase make an answer repetitive
+    engine: str = "builtin"  # builtin: this process | openai: rollout.server
+    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
 
     def check(self):
+        _one_of("rollout.engine", self.engine, ("builtin", "openai"))
+        _require((self.engine == "openai") == (self.server.url is not None),
+                 f"rollout.engine={self.engine} with rollout.server.url={self.server.url}: a server needs both "
+                 "rollout.engine=openai and its URL.")
         _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("rollout.temperature", self.temperature, 0)
         _at_least("rollout.top_k", self.top_k, 0)
@@ -216,6 +252,136 @@ class DistillConfig(_Section):
         _require(not self.refresh_at or self.answers == "student",
                  f"kd.refresh_at={self.refresh_at} with kd.answers={self.answers}: only the student's answers change "
                  "during training; set kd.answers=student or kd.refresh_at=[].")
+
+
+@dataclass
+class EvalConfig(_Section):
+    """Benchmarks through lm-eval; the model is that of init_from."""
+
+    form: str = "instruct"  # instruct: questions in the chat template, no examples | base: plain text with examples
+    tasks: list[str] = field(default_factory=list)  # benchmarks; empty: those of the papers' table for this form
+    benchmarks_dir: str = "benchmarks"  # folder of their published files, see python -m mindpangu.evaluate --list-tasks
+    preset: str = "greedy_8k"  # greedy_8k | sampled_28k_mean3 (temperature 0.7, mean of 3) | task (greedy, each task's
+    #                            own length)
+    max_new_tokens: int = 0  # of an answer; 0: the preset's
+    num_repeats: int = 0  # answers to each question, averaged; 0: the preset's
+    num_fewshot: int | None = None  # examples before a question, where a task has any; null: each task's own number
+    limit: int = 0  # items of each task (of each subject, where subjects are tasks), the first ones; 0: all
+    num_slots: int = 32  # sequences generated side by side
+    cache_tokens: int = 262144  # positions in the key/value caches of all of them
+    batch_tokens: int = 4096  # tokens of a forward pass that scores given answers
+    responses: str | None = None  # folder of the responses that are kept for the next start; null: run.root/responses
+
+    def check(self):
+        _one_of("eval.form", self.form, ("instruct", "base"))
+        _one_of("eval.preset", self.preset, ("greedy_8k", "sampled_28k_mean3", "task"))
+        for name in ("max_new_tokens", "num_repeats", "limit"):
+            _at_least(f"eval.{name}", getattr(self, name), 0)
+        for name in ("num_slots", "cache_tokens", "batch_tokens"):
+            _at_least(f"eval.{name}", getattr(self, name), 1)
+        _require(self.num_fewshot is None or self.num_fewshot >= 0,
+                 f"eval.num_fewshot={self.num_fewshot}: expected null or at least 0.")
+        _in_range("eval.num_repeats", self.num_repeats, 0, 255)
+
+
+@dataclass
+class CodeRewardConfig(_Section):
+    """The sandbox in which an answer's code runs."""
+
+    timeout_s: float = 10.0  # wall time of an answer with all its tests
+    memory_mib: int = 512
+    max_output_kib: int = 256
+    partial_credit: bool = True  # the reward rises with the share of tests that pass; false: all or nothing
+    allow_unsafe: bool = False  # run code although this machine can isolate neither files nor processes
+
+    def check(self):
+        _require(self.timeout_s > 0, f"rewards.code.timeout_s={self.timeout_s}: expected above 0.")
+        _at_least("rewards.code.memory_mib", self.memory_mib, 64)
+        _at_least("rewards.code.max_output_kib", self.max_output_kib, 1)
+
+
+@dataclass
+class JudgeConfig(_Section):
+    """The language model that judges answers to open-ended prompts, behind an OpenAI-compatible endpoint."""
+
+    url: str | None = None  # for example http://127.0.0.1:8000/v1
+    model: str = "judge"  # its name there
+    mode: str = "score"  # score: a mark for each answer | pairwise: comparisons in both orders
+    api_key_env: str | None = None  # environment variable that holds the key
+    timeout_s: float = 60.0
+    max_retries: int = 5
+    num_parallel: int = 8
+
+    def check(self):
+        _one_of("rewards.judge.mode", self.mode, ("score", "pairwise"))
+        _require(self.timeout_s > 0, f"rewards.judge.timeout_s={self.timeout_s}: expected above 0.")
+        _at_least("rewards.judge.max_retries", self.max_retries, 0)
+        _at_least("rewards.judge.num_parallel", self.num_parallel, 1)
+
+
+@dataclass
+class RewardsConfig(_Section):
+    """What an answer is worth: wrong_format, or wrong_answer + (correct - wrong_answer) * the share that is right,
+    less the weighted penalties, each from 0 to 1."""
+
+    correct: float = 1.0  # P1 3.4
+    wrong_answer: float = -0.5
+    wrong_format: float = -1.0  # truncated, without or with several final answers; see rewards/format.py
+    format_weight: float = 0.0  # of one more penalty for a wrong format
+    ngram_weight: float = 0.0  # of the share of repeated n-grams
+    line_weight: float = 0.0  # of the share of repeated lines
+    length_weight: float = 0.0  # of the length within the last length_buffer tokens before rollout.max_new_tokens
+    length_buffer: int = 0  # tokens (DAPO, arXiv 2503.14476, equation 13)
+    num_workers: int = 2  # processes that verify side by side
+    math_timeout_s: float = 5.0  # of one check
+    code: CodeRewardConfig = field(default_factory=CodeRewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def check(self):
+        _require(self.wrong_format <= self.wrong_answer < self.correct,
+                 f"rewards.wrong_format={self.wrong_format}, wrong_answer={self.wrong_answer}, "
+                 f"correct={self.correct}: expected them to rise.")
+        for name in ("format_weight", "ngram_weight", "line_weight", "length_weight", "length_buffer"):
+            _at_least(f"rewards.{name}", getattr(self, name), 0)
+        _require((self.length_weight > 0) == (self.length_buffer > 0),
+                 f"rewards.length_weight={self.length_weight} and rewards.length_buffer={self.length_buffer}: give "
+                 "both, or neither.")
+        _at_least("rewards.num_workers", self.num_workers, 1)
+        _require(self.math_timeout_s > 0, f"rewards.math_timeout_s={self.math_timeout_s}: expected above 0.")
+
+
+@dataclass
+class GrpoConfig(_Section):
+    """Group relative policy optimization (arXiv 2402.03300) with clip-higher; the answers are those of rollout."""
+
+    prompts_per_rollout: int = 256  # prompts that are answered, rollout.samples_per_prompt times each; P1: the batch
+    updates_per_rollout: int = 1  # optimizer steps on those answers, an equal share of the prompts each
+    advantage_norm: str = "std"  # std: divided by the group's standard deviation | none: reward less the group's mean
+    clip_low: float = 0.8  # range of the ratio of the policy to the one that sampled
+    clip_high: float = 1.28
+    kl_coefficient: float = 0.001  # of the KL to the starting model, in the loss
+    loss_agg: str = "token"  # token: every token the same | sequence: every answer the same, its tokens' mean |
+    #                          fixed_length: every answer the same, its tokens' sum over rollout.max_new_tokens
+    mask_truncated: bool = False  # truncated answers leave the loss
+    dynamic_sampling: bool = False  # sample further prompts until prompts_per_rollout groups have unequal rewards
+    max_resamples: int = 4  # further rounds at most
+    importance_cap: float = 0.0  # weigh tokens by min(trainer's / sampler's probability, cap); 0: off
+    pass_rate_samples: int = 8  # answers of the starting model to each prompt; those it always or never solves are left
+    #                             out; 0: all prompts are used
+
+    def check(self):
+        _one_of("grpo.advantage_norm", self.advantage_norm, ("std", "none"))
+        _one_of("grpo.loss_agg", self.loss_agg, ("token", "sequence", "fixed_length"))
+        _at_least("grpo.prompts_per_rollout", self.prompts_per_rollout, 1)
+        _at_least("grpo.updates_per_rollout", self.updates_per_rollout, 1)
+        _require(self.prompts_per_rollout % self.updates_per_rollout == 0,
+                 f"grpo.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
+                 f"grpo.updates_per_rollout={self.updates_per_rollout}.")
+        _require(0 < self.clip_low <= 1 <= self.clip_high,
+                 f"grpo.clip_low={self.clip_low}, grpo.clip_high={self.clip_high}: expected ratios around 1, such as "
+                 "0.8 and 1.28.")
+        for name in ("kl_coefficient", "max_resamples", "importance_cap", "pass_rate_samples"):
+            _at_least(f"grpo.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -268,7 +434,7 @@ class Recipe(_Section):
 
     recipe: str = MISSING  # its name
     scale: str = "tiny"  # smoke (seconds) | tiny (minutes on 2 cores) | 1b (the papers' values)
-    task: str = MISSING  # language_model | distill
+    task: str = MISSING  # language_model | distill | grpo | evaluate
     seed: int = 0  # of initial weights, shuffling and sampling
     init_from: str | None = None  # a recipe's name, a run folder or a Hugging Face folder; null: random weights
     teacher: str | None = None  # the same, for distill
@@ -277,12 +443,15 @@ class Recipe(_Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     kd: DistillConfig = field(default_factory=DistillConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self):
         _one_of("scale", self.scale, ("smoke", "tiny", "1b"))
         _at_least("seed", self.seed, 0)
-        _one_of("task", self.task, ("language_model", "distill"))
+        _one_of("task", self.task, ("language_model", "distill", "grpo", "evaluate"))
         _require(self.recipe != "sft_teacher" or self.scale != "1b",
                  "recipe=sft_teacher with scale=1b: at this scale the teacher is a model you bring, such as "
                  "openPangu-Embedded-7B; give its Hugging Face folder as teacher=... to a distillation recipe.")
@@ -294,19 +463,35 @@ class Recipe(_Section):
                  f"model.head_dim={self.model.head_dim} of recipe={self.recipe} with run.kernels=ascendc_host: the "
                  "attention operator takes 64 or 128; set model.head_dim=64 (of a teacher in its own run, then "
                  "teacher=<run folder>) or run.reference_ops=[attention].")
+        _require((self.train.rows_per_step == 0) == (self.task == "grpo"),
+                 f"train.rows_per_step={self.train.rows_per_step} with task={self.task}: expected 0 for grpo, whose "
+                 "rows are as many as its answers fill, and at least 1 for the others.")
+        _require(self.data.source != "problems" or self.task == "grpo",
+                 f"data.source=problems with recipe={self.recipe}: problems have no reference replies to learn from; "
+                 "they serve recipe=grpo, which then needs init_from=<run folder or Hugging Face folder>.")
         if self.task == "distill":
             _require(self.teacher is not None, "teacher is missing: a distillation recipe needs a recipe's name, a run "
                                                "folder or a Hugging Face folder, for example teacher=sft_teacher.")
-            _require(self.init_from is not None, "init_from is missing: distillation starts from a trained student, "
-                                                 "for example init_from=sft_fast.")
             _require(self.kd.top_k <= self.model.vocab_size,
                      f"kd.top_k={self.kd.top_k} exceeds model.vocab_size={self.model.vocab_size}.")
+        if self.task in ("distill", "grpo"):
+            _require(self.init_from is not None, f"init_from is missing: task={self.task} starts from a trained "
+                                                 "student, for example init_from=sft_fast.")
             longest = self.rollout.max_prompt_len + self.rollout.max_new_tokens
             _require(longest <= self.data.seq_len,
                      f"rollout.max_prompt_len + rollout.max_new_tokens = {longest} exceeds data.seq_len="
                      f"{self.data.seq_len}: an answer would not fit in a row; shorten one or lengthen data.seq_len.")
-            _require(self.data.dress != "text", "data.dress=text has no prompts to answer: distillation needs "
+            _require(self.data.dress != "text", f"data.dress=text has no prompts to answer: task={self.task} needs "
                                                 "data.dress=fast, reasoning or result.")
+        if self.task == "grpo":
+            _require(self.rollout.samples_per_prompt >= 2,
+                     f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}: a group needs at least 2 answers "
+                     "to compare.")
+            _require(self.rollout.temperature > 0, "rollout.temperature=0: all answers of a group would be the same; "
+                                                   "expected above 0, such as 1.")
+            _require(self.rewards.length_buffer < self.rollout.max_new_tokens,
+                     f"rewards.length_buffer={self.rewards.length_buffer}: expected less than "
+                     f"rollout.max_new_tokens={self.rollout.max_new_tokens}.")
 
 
 ConfigStore.instance().store(name="recipe_schema", node=Recipe)

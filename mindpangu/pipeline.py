@@ -7,10 +7,12 @@ version. The key is part of the folder's name, so a second start finds what is t
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +36,11 @@ from .config import (
 from .data.batches import PackedBatches, documents_to_samples, tokenized_to_samples
 from .data.chat import decode_response, encode_chat, encode_prompt, list_stretches, template_digest
 from .data.corpus import file_digests, load_corpus
+from .data.documents import task_type
 from .data.shards import ShardFolder
 from .data.tokenizer import Tokenizer, train_tokenizer
-from .rewards.math import parse_number, score
+from .rewards.router import Rewards
+from .rewards.score import Response
 from .runtime.checkpoint import lock_folder, newest_checkpoint, write_atomic
 from .runtime.device import activation_dtype, describe_environment, start
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
@@ -91,29 +95,30 @@ def _clear_errors():
 
 def train(recipe, overrides):
     """Run a recipe to its end and return its run folder; what it stands on is built first, or reused."""
-    plan = Plan(recipe, overrides)
-    if plan.is_done():
-        say(f"{recipe.recipe}: already complete in {plan.folder}")
+    if recipe.task == "evaluate":
+        raise ValueError(f"recipe={recipe.recipe} trains nothing: python -m mindpangu.evaluate runs it.")
+    with Plan(recipe, overrides) as plan:
+        if plan.is_done():
+            say(f"{recipe.recipe}: already complete in {plan.folder}")
+        else:
+            run = {"language_model": _train_language_model, "distill": _distill, "grpo": _train_grpo}[recipe.task]
+            run(plan)
         return plan.folder
-    if recipe.task == "distill":
-        _distill(plan)
-    else:
-        _train_language_model(plan)
-    return plan.folder
 
 
 def rollout(recipe, overrides):
     """Sample the answers that a distillation recipe trains on; returns their folder."""
-    plan = _distillation_plan(recipe, overrides)
-    if recipe.kd.answers == "label":
-        raise ValueError("kd.answers=label trains on the reference answers: there is nothing to sample; use "
-                         "python -m mindpangu.annotate.")
-    return _answers(plan, "train").folder
+    with _distillation_plan(recipe, overrides) as plan:
+        if recipe.kd.answers == "label":
+            raise ValueError("kd.answers=label trains on the reference answers: there is nothing to sample; use "
+                             "python -m mindpangu.annotate.")
+        return _answers(plan, "train").folder
 
 
 def annotate(recipe, overrides):
     """Score a distillation recipe's answers with its teacher; returns the folder of the annotated shards."""
-    return _annotations(_distillation_plan(recipe, overrides), "train").folder
+    with _distillation_plan(recipe, overrides) as plan:
+        return _annotations(plan, "train").folder
 
 
 def _distillation_plan(recipe, overrides):
@@ -149,11 +154,16 @@ class Plan:
         self.tokenizer = self._tokenizer()
         self._check_models()
         fields = as_dict(recipe)
-        for section in ("run", "init_from", "teacher", "scale", "recipe"):
-            fields.pop(section)
-        if recipe.task == "language_model":
+        for section in ("run", "eval", "init_from", "teacher", "scale", "recipe"):
+            fields.pop(section, None)
+        if recipe.task != "distill":
             del fields["kd"]
+        if recipe.task != "grpo":
+            del fields["grpo"], fields["rewards"]
+        if recipe.task == "language_model":
             fields["rollout"] = {name: fields["rollout"][name] for name in ("max_prompt_len", "max_new_tokens")}
+        else:
+            del fields["rollout"]["server"]
         self.key = make_key("run", fields, self._input_digests())
         name = f"{recipe.recipe}-{recipe.scale}-{self.key}"
         self.folder = Path(recipe.run.dir) if recipe.run.dir else self.root / name
@@ -166,6 +176,25 @@ class Plan:
         if corpus.num_unused:
             say(f"data.num_examples={self.recipe.data.num_examples}: {corpus.num_unused} more examples are not used")
         return corpus
+
+    @functools.cached_property
+    def rewards(self):
+        return Rewards(self.recipe.rewards, self.recipe.rollout.max_new_tokens, self.root / "judge-cache")
+
+    def drop_engines(self):
+        """Free the caches of samplers and the weights of annotators; MindSpore keeps those of compiled graphs."""
+        self.engines.clear()
+        gc.collect()
+        import mindspore as ms
+
+        ms.ms_memory_recycle()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if "rewards" in self.__dict__:
+            self.rewards.close()
 
     def is_done(self):
         """Whether the run folder holds this run, complete. Raises ValueError if it holds another one."""
@@ -418,49 +447,74 @@ def _generator(plan, model, **sampling):
 
 def _validator(plan, model, loss_fn, metric_names, heldout_samples):
     """evaluate() for the loop: held-out loss, and accuracy of greedy answers where problems can be verified."""
-    from .trainers.validate import HeldoutLoss, measure_accuracy
+    from .trainers.validate import HeldoutLoss
 
     recipe = plan.recipe
     heldout_loss = HeldoutLoss(loss_fn, metric_names, heldout_samples, seq_len=recipe.data.seq_len,
                                num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
                                mode=recipe.run.mode)
-    verifiable = []
-    if recipe.data.dress != "text":
-        verifiable = [example for example in plan.corpus.heldout if _is_verifiable(example)]
-    generator = _generator(plan, model, temperature=0.0) if verifiable else None
-    prompts, values = _prompts(plan, verifiable), [example.value for example in verifiable]
+    measure = _accuracy(plan, model) if recipe.data.dress != "text" else None
 
     def evaluate(step):
         measured = heldout_loss.measure()
-        if not verifiable:
+        if not measure:
             return measured, -measured["loss"]
-        accuracy, shown = measure_accuracy(generator, plan.tokenizer, prompts, values)
-        folder = plan.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / f"step-{step:06d}.jsonl",
-                     "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in shown))
+        accuracy = measure(step)
         return measured | accuracy, accuracy["accuracy"]
 
     return evaluate
 
 
-def _is_verifiable(example):
-    return example.value is not None and parse_number(example.value) is not None
+def _accuracy(plan, model):
+    """measure(step) -> {"accuracy", "truncated"} of greedy answers to the held-out problems that can be verified, which
+    also writes some of them to samples/; None if there are none."""
+    from .trainers.validate import measure_accuracy
+
+    examples = [example for example in plan.corpus.heldout if plan.rewards.can_verify(example)]
+    if not examples:
+        return None
+    generator, prompts = _generator(plan, model, temperature=0.0), _prompts(plan, examples)
+
+    def measure(step):
+        accuracy, shown = measure_accuracy(generator, plan.tokenizer, prompts, examples, plan.rewards.are_correct)
+        folder = plan.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step-{step:06d}.jsonl",
+                     "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in shown))
+        return accuracy
+
+    return measure
+
+
+def _remote_generator(plan, model):
+    from .data.endpoint import Endpoint
+    from .distillation.remote import RemoteGenerator
+
+    rollout = plan.recipe.rollout
+    server = rollout.server
+    endpoint = Endpoint(server.url, server.model, server.api_key_env, timeout_s=server.timeout_s,
+                        max_retries=server.max_retries, num_parallel=server.num_parallel)
+    folder = Path(server.weights_dir) if server.weights_dir else plan.folder / "served"
+    return RemoteGenerator(endpoint, rollout, eos_id=plan.recipe.model.eos_id, folder=folder,
+                           save_model=lambda folder: _save_model(plan, model, folder))
+
+
+def _save_model(plan, model, folder):
+    from .model.weights import save_weights
+
+    save_weights(model, folder)
+    shutil.copyfile(plan.tokenizer.model_file, folder / "tokenizer.model")
 
 
 def _loop(plan, model, loss_fn, metric_names, num_steps):
     from .model.size import flops_per_token
-    from .model.weights import load_weights, save_weights
+    from .model.weights import load_weights
     from .runtime.loop import Loop
 
     recipe = plan.recipe
 
-    def save_model(folder):
-        save_weights(model, folder)
-        shutil.copyfile(plan.tokenizer.model_file, folder / "tokenizer.model")
-
     loop = Loop(loss_fn, metric_names, model.trainable_params(), train=recipe.train, run=recipe.run,
-                num_steps=num_steps, folder=plan.folder, save_model=save_model,
+                num_steps=num_steps, folder=plan.folder, save_model=lambda folder: _save_model(plan, model, folder),
                 flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
                 peak_flops=recipe.run.peak_tflops * 1e12 or None)
     return loop, loop.resume(lambda checkpoint: load_weights(model, checkpoint))
@@ -468,8 +522,12 @@ def _loop(plan, model, loss_fn, metric_names, num_steps):
 
 def _say_run(plan, model, num_steps):
     recipe, size = plan.recipe, sum(parameter.size for parameter in model.trainable_params())
-    tokens = recipe.train.rows_per_step * recipe.data.seq_len
-    say(f"{recipe.recipe}: {size:,} parameters, {num_steps} steps of {tokens:,} tokens, run folder {plan.folder}")
+    if recipe.task == "grpo":
+        answers = recipe.grpo.prompts_per_rollout * recipe.rollout.samples_per_prompt
+        step = f"{answers // recipe.grpo.updates_per_rollout:,} answers"
+    else:
+        step = f"{recipe.train.rows_per_step * recipe.data.seq_len:,} tokens"
+    say(f"{recipe.recipe}: {size:,} parameters, {num_steps} steps of {step}, run folder {plan.folder}")
 
 
 def _finish(plan, loop, first, last):
@@ -523,6 +581,9 @@ def _sampler(plan, by, model=None):
     if name not in plan.engines:
         if model is None:
             model = _load(plan, (plan.teacher if by == "teacher" else plan.init).folder)
+        if rollout.engine == "openai":
+            plan.engines[name] = _remote_generator(plan, model)
+            return plan.engines[name]
         plan.engines[name] = _generator(plan, model, temperature=rollout.temperature, top_k=rollout.top_k,
                                         top_p=rollout.top_p)
     return plan.engines[name]
@@ -540,21 +601,22 @@ def _annotator(plan):
     return plan.engines["annotator"]
 
 
-def _answers(plan, split, model=None, folder=None):
+def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
     """ShardFolder of answers to the prompts of "train" or "heldout", complete.
 
     kd.answers says whose; on held-out prompts, always the student's. model and folder: a student in training and where
     its answers go, instead of init_from's weights and a folder shared by all runs with the same key.
+    samples_per_prompt: rollout's on training prompts, else 1.
     """
     recipe, rollout = plan.recipe, plan.recipe.rollout
     by = "teacher" if recipe.kd.answers == "teacher" and split == "train" else "student"
     upstream = plan.teacher if by == "teacher" else plan.init
-    samples_per_prompt = rollout.samples_per_prompt if split == "train" else 1
+    samples_per_prompt = samples_per_prompt or (rollout.samples_per_prompt if split == "train" else 1)
     examples = getattr(plan.corpus, split)
     binding = {"model": upstream.digest if model is None else str(folder), "tokenizer": plan.tokenizer.digest,
                "template": template_digest(), "data": _examples_digest(plan, split), "seed": str(recipe.seed),
                "sampling": f"{samples_per_prompt} x t={rollout.temperature} k={rollout.top_k} p={rollout.top_p} "
-                           f"new={rollout.max_new_tokens}"}
+                           f"new={rollout.max_new_tokens}{' by a server' * (rollout.engine == 'openai')}"}
     folder = folder or plan.root / f"answers-{recipe.scale}-{make_key('answers', rollout.num_slots, binding)}"
     num_shards = -(-len(examples) // rollout.prompts_per_shard)
     shards = ShardFolder.open(folder, binding, num_shards)
@@ -570,6 +632,8 @@ def _answers(plan, split, model=None, folder=None):
         started = time.monotonic()
         say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
         generator = _sampler(plan, by, model)
+        if rollout.engine == "openai":
+            generator.load(binding["model"])
         with Reporter("rollout shards", num_shards, num_shards - len(shards.missing())) as reporter:
             sample_answers(generator, _prompts(plan, examples), samples_per_prompt=samples_per_prompt,
                            seed=recipe.seed, prompts_per_shard=rollout.prompts_per_shard, shards=shards,
@@ -652,16 +716,21 @@ def _kept_samples(plan, examples, answers, criteria, dropped):
 
     def is_wrong(n):
         example = examples[answers.prompt_index[n]]
-        if not _is_verifiable(example):
-            raise ValueError(f"rollout.drop=[wrong]: training example {answers.prompt_index[n]} has no numeric value "
-                             "to verify; leave wrong out of rollout.drop or give every example a value.")
-        return score(example.value, decode_response(plan.tokenizer, answers.answer(n)).content) != 1.0
+        if not plan.rewards.can_verify(example):
+            raise ValueError(f"rollout.drop=[wrong]: training example {answers.prompt_index[n]} has no value to "
+                             "verify; leave wrong out of rollout.drop or give every example a value.")
+        return not plan.rewards.are_correct([example], [_response(plan, answers, n)])[0]
 
     unwanted = find_unwanted(answers, criteria, min_tokens=rollout.min_tokens, max_repeats=rollout.max_repeats,
                              is_wrong=is_wrong)
     for name, flags in unwanted.items():
         dropped[name] = dropped.get(name, 0) + int(flags.sum())
     return answers_to_samples(answers, ~np.logical_or.reduce(list(unwanted.values())))
+
+
+def _response(plan, answers, n):
+    message, truncated = decode_response(plan.tokenizer, answers.answer(n)), bool(answers.truncated[n])
+    return Response(message.content, message.thoughts, not truncated, len(answers.answer(n)))
 
 
 def _fitting(plan, samples):
@@ -702,7 +771,7 @@ def _distill(plan):
         heldout = read_annotated(_annotations(plan, "heldout"))
         num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
         bounds = [0, *(round(share * num_steps) for share in recipe.kd.refresh_at), num_steps]
-        plan.engines.clear()  # training needs the memory
+        plan.drop_engines()  # training needs the memory
         model = _student(plan)
         loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk)
         loop, state = _loop(plan, model, loss_fn, distill.METRICS, num_steps)
@@ -731,3 +800,101 @@ def _distill(plan):
         # Before training, the held-out answers are the student's own; after it, it has answered anew.
         before["own_kl"], last["own_kl"] = before["kl"], own["kl"]
         _finish(plan, loop, before, last)
+
+
+# ---- GRPO ------------------------------------------------------------------------------------------------------------
+
+def _train_grpo(plan):
+    recipe = plan.recipe
+    plan.rewards.check(plan.corpus.train)
+    kinds = Counter(task_type(problem) for problem in plan.corpus.train)
+    say(f"rewards: {', '.join(f'{count} {kind} problems' for kind, count in sorted(kinds.items()))}" +
+        (f"; code runs {plan.rewards.verifier('code').isolation}" if "code" in kinds else ""))
+    start(recipe.run)
+    from .model.weights import parameters_digest
+    from .trainers import grpo
+    from .trainers.rollouts import Rollouts
+
+    with plan.begin():
+        chosen = _solved_sometimes(plan)
+        problems = [plan.corpus.train[i] for i in chosen]
+        prompts = _prompts(plan, problems)
+        updates_per_epoch = len(problems) / recipe.grpo.prompts_per_rollout * recipe.grpo.updates_per_rollout
+        num_steps = num_training_steps(recipe.train, updates_per_epoch)
+        plan.drop_engines()  # training needs the memory
+        model = _student(plan)
+        temperature, chunk = recipe.rollout.temperature, recipe.run.logits_chunk
+        loss_fn = grpo.make_loss(model, recipe.grpo, temperature, recipe.data.seq_len, chunk)
+        loop, state = _loop(plan, model, loss_fn, grpo.METRICS, num_steps)
+        reference = None
+        if recipe.grpo.kl_coefficient:
+            reference = _logprob_scorer(plan, _load(plan, plan.init.folder), temperature)
+        sampler = _sampler(plan, "student", model)
+        batches = Rollouts(
+            prompts, problems, grpo=recipe.grpo, rollout=recipe.rollout, tokenizer=plan.tokenizer,
+            seq_len=recipe.data.seq_len, micro_batch_rows=recipe.train.micro_batch_rows, seed=recipe.seed,
+            folder=plan.folder / "rollouts", sampler=sampler,
+            hand_over=sampler.load if recipe.rollout.engine == "openai" else None,
+            score_groups=plan.rewards.score_groups, policy=_logprob_scorer(plan, model, temperature),
+            reference=reference, digest=lambda: parameters_digest(model),
+            progress=lambda total: Reporter("rollout shards", total, within=True))
+        if state:
+            batches.load_state_dict(state["batches"])
+        _say_run(plan, model, num_steps)
+        measure = _accuracy(plan, model)
+
+        def evaluate():
+            measured = measure(loop.step)
+            return measured, measured["accuracy"]
+
+        loop.fit(batches, num_steps, evaluate if measure else None)
+        _finish(plan, loop, *(_heldout_history(plan) if measure else ({}, {})))
+
+
+def _logprob_scorer(plan, model, temperature):
+    from .model.logprobs import LogprobScorer
+
+    recipe = plan.recipe
+    return LogprobScorer(model, row_len=recipe.data.seq_len, num_rows=recipe.train.micro_batch_rows,
+                         chunk_size=recipe.run.logits_chunk, temperature=temperature, mode=recipe.run.mode)
+
+
+def _solved_sometimes(plan):
+    """Training problems that the starting model solves sometimes, by their places; all without a filter.
+
+    Problems that no verifier calls right or wrong are kept. The rates are kept beside the model's answers, and what
+    the report shows of them in the run folder.
+    """
+    grpo, problems = plan.recipe.grpo, plan.corpus.train
+    if not grpo.pass_rate_samples:
+        return list(range(len(problems)))
+    shards = _answers(plan, "train", samples_per_prompt=grpo.pass_rate_samples)
+    path = shards.folder / f"pass-rates-{make_key('pass rates', as_dict(plan.recipe.rewards), None)}.json"
+    if not path.is_file():
+        started = time.monotonic()
+        num_correct = [0] * len(problems)
+        with Reporter("graded shards", shards.num_shards) as reporter:
+            for i in range(shards.num_shards):
+                answers = _read_answers(shards, i)
+                verified = [n for n in range(len(answers))
+                            if task_type(problems[answers.prompt_index[n]]) != "preference"]
+                correct = plan.rewards.are_correct([problems[answers.prompt_index[n]] for n in verified],
+                                                   [_response(plan, answers, n) for n in verified])
+                for n, is_correct in zip(verified, correct, strict=True):
+                    num_correct[answers.prompt_index[n]] += is_correct
+                reporter.advance(i + 1)
+        write_atomic(path, json.dumps({"samples": grpo.pass_rate_samples, "num_correct": num_correct}))
+        say(f"pass rates: {len(problems)} problems graded, {format_seconds(time.monotonic() - started)}")
+    num_correct = json.loads(path.read_text(encoding="utf-8"))["num_correct"]
+    verifiable = [task_type(problem) != "preference" for problem in problems]
+    kept = [i for i, count in enumerate(num_correct) if 0 < count < grpo.pass_rate_samples or not verifiable[i]]
+    histogram = np.bincount([count for count, v in zip(num_correct, verifiable, strict=True) if v],
+                            minlength=grpo.pass_rate_samples + 1)
+    write_atomic(plan.folder / "pass_rates.json",
+                 json.dumps({"samples": grpo.pass_rate_samples, "problems": histogram.tolist(), "kept": len(kept)}))
+    say(f"pass rate of {grpo.pass_rate_samples}: never {histogram[0]}, always {histogram[-1]}, sometimes "
+        f"{histogram[1:-1].sum()}; {len(kept)} of {len(problems)} problems kept")
+    if not kept:
+        raise ValueError("the starting model solves every problem always or never: groups of equal rewards teach "
+                         "nothing. Give problems of other difficulty, or another init_from.")
+    return kept

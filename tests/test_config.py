@@ -26,7 +26,9 @@ def test_every_recipe_composes_at_every_scale(name, scale):
             load_recipe(overrides + ["data.train=[x.jsonl]", "data.seq_len=512"])
         return
     if scale == "1b":
-        overrides += ["data.train=[x.jsonl]", *(["teacher=folder"] if name.startswith("kd_") else []),
+        if not name.startswith("eval_"):
+            overrides.append("data.train=[x.jsonl]")
+        overrides += [*(["teacher=folder"] if name.startswith("kd_") else []),
                       *(["data=documents"] if name == "pretrain" else [])]
     recipe = load_recipe(overrides)
     assert (recipe.recipe, recipe.scale) == (name, scale)
@@ -50,6 +52,13 @@ def test_every_recipe_composes_at_every_scale(name, scale):
     (["recipe=kd_student_refresh", *KD_PAPER], {"kd.refresh_at": [0.3333, 0.6667]}),
     (["recipe=kd_label", *KD_PAPER], {"kd.answers": "label"}),
     (["recipe=kd_teacher", *KD_PAPER], {"kd.answers": "teacher"}),
+    (["recipe=grpo", *PAPER],  # P1 3.4 and 4.1.2
+     {"rollout.samples_per_prompt": 8, "rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": 0,
+      "rollout.max_prompt_len": 4096, "rollout.max_new_tokens": 28672, "data.seq_len": 32768,
+      "grpo.prompts_per_rollout": 256, "grpo.clip_low": 0.8, "grpo.clip_high": 1.28, "grpo.kl_coefficient": 0.001,
+      "train.epochs": 6, "train.lr": 1e-6, "train.min_lr": 5e-7, "train.decay_steps": 100, "train.beta1": 0.9,
+      "train.beta2": 0.999, "train.clip_norm": 0.5, "rewards.correct": 1.0, "rewards.wrong_answer": -0.5,
+      "rewards.wrong_format": -1.0, "init_from": "kd_student"}),
     (["recipe=sft_fast", *PAPER],
      {"model.hidden_size": 1536, "model.num_layers": 26, "model.num_heads": 12, "model.num_kv_heads": 6,
       "model.intermediate_size": 6144, "model.vocab_size": 153376, "model.max_seq_len": 32768,
@@ -87,6 +96,23 @@ def test_1b_scale_has_the_papers_values(overrides, expected):
     (["rollout.drop=[boring]"], ["rollout.drop='boring'", "truncated"]),
     (["model.num_heads=3", "model.num_kv_heads=2"], ["model.num_heads=3", "model.num_kv_heads=2"]),
     (["kd.tail=none"], ["kd.tail='none'", "bucket"]),
+    (["train.rows_per_step=0"], ["train.rows_per_step=0", "task=distill", "at least 1"]),
+    (["data=problems", "data.train=[x.jsonl]"], ["data.source=problems", "recipe=grpo", "init_from="]),
+    (["rollout.engine=openai"], ["rollout.engine=openai", "rollout.server.url=None"]),
+    (["rollout.server.url=http://a/v1"], ["rollout.engine=builtin", "rollout.engine=openai"]),
+    (["recipe=grpo", "train.rows_per_step=16"], ["train.rows_per_step=16", "expected 0 for grpo"]),
+    (["recipe=grpo", "rollout.samples_per_prompt=1"], ["rollout.samples_per_prompt=1", "at least 2"]),
+    (["recipe=grpo", "rollout.temperature=0"], ["rollout.temperature=0", "above 0"]),
+    (["recipe=grpo", "grpo.updates_per_rollout=3"], ["grpo.prompts_per_rollout=128", "grpo.updates_per_rollout=3"]),
+    (["recipe=grpo", "grpo.clip_high=0.28"], ["grpo.clip_high=0.28", "1.28"]),
+    (["recipe=grpo", "grpo.loss_agg=mean"], ["grpo.loss_agg='mean'", "fixed_length"]),
+    (["recipe=grpo", "rewards.length_weight=1"], ["rewards.length_weight=1.0", "rewards.length_buffer=0", "both"]),
+    (["recipe=grpo", "rewards.length_weight=1", "rewards.length_buffer=48"],
+     ["rewards.length_buffer=48", "rollout.max_new_tokens=48"]),
+    (["recipe=grpo", "rewards.wrong_format=2"], ["rewards.wrong_format=2.0", "to rise"]),
+    (["recipe=grpo", "train.decay_steps=5", "train.warmup_steps=5"], ["train.decay_steps=5", "train.warmup_steps=5"]),
+    (["recipe=grpo", "rollout.max_new_tokens=100"], ["data.seq_len=128", "180"]),
+    (["recipe=grpo", "init_from=null"], ["init_from is missing", "task=grpo"]),
 ])
 def test_an_impossible_combination_names_field_value_and_expectation(overrides, words):
     with pytest.raises(ValueError) as error:

@@ -16,6 +16,7 @@ ALLOWED = {
     "ops": set(),
     "model": {"ops", "data", "config"},
     "distillation": {"model", "data", "rewards", "config"},
+    "benchmarks": {"model", "data", "rewards", "config"},
     "trainers": {"model", "data", "rewards", "config", "ops", "distillation"},
     # ops: the choice of kernels when a process starts, and the optimizer's update; ascend_kernels: the operators' host
     # build, which that choice hands to ops, and whether a device has them.
@@ -24,7 +25,7 @@ ALLOWED = {
 NEVER_MINDSPORE = ("config", "data", "rewards")
 NUMPY_ONLY = ("distillation/cache.py", "model/size.py", "model/weights.py", "runtime/checkpoint.py",
               "runtime/metrics.py", "pipeline.py", "train.py")
-ENTRY_POINTS = {"train", "rollout", "annotate", "chat"}
+ENTRY_POINTS = {"train", "rollout", "annotate", "chat", "serve", "evaluate"}
 
 
 def _imports(path, top_level_only=False):

@@ -107,10 +107,9 @@ def _our_generation(model, prompts, num_tokens):
 
     generator = Generator(model, num_slots=len(prompts), prompt_len=_PROMPT_LEN, max_new_tokens=num_tokens, eos_id=-1,
                           pad_id=0, temperature=0.0, mode=RunConfig().mode)
-    numbers = np.zeros(num_tokens, np.float32)
 
     def run():
-        answers = generator.generate(list(prompts), lambda i: numbers)
+        answers = generator.generate(list(prompts))
         assert all(len(answer.tokens) == num_tokens for answer in answers)
 
     return run

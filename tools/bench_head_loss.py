@@ -12,22 +12,49 @@ from .bench_rows import Row, alternate
 _NUM_POSITIONS, _HIDDEN_SIZE, _VOCAB_SIZE, _TOP_K = 2048, 1536, 153_376, 10
 _CE_FACTOR, _KL_FACTOR = 0.1, 0.9
 _MEMORY_MB = 256  # what the loss may take beyond the weight's gradient
+_CLIP_LOW, _CLIP_HIGH, _POLICY_KL_FACTOR = 0.8, 1.28, 0.001
 
 
 def bench_head_loss():
-    """Top-k KL and cross-entropy with the lm_head, forward + backward: time, memory, and the bare matrix products."""
+    """Top-k KL and cross-entropy with the lm_head, forward + backward: time, memory, and the bare matrix products; and
+    the policy loss."""
     inputs = _inputs()
     # bfloat16 first: MindSpore keeps memory that it had once, so that only the first call shows what it needs.
-    return _compare(inputs, "bfloat16") + _compare(inputs, "float32")
+    return _compare(inputs, "bfloat16") + _compare(inputs, "float32") + _compare_policy()
+
+
+def _compare_policy():
+    """The policy loss, forward + backward, at full size and at that of scale=tiny."""
+    from mindpangu.ops.head_loss import PolicyHead
+
+    rows = []
+    for precision, hidden_size, vocab_size, num_runs in (("bfloat16", _HIDDEN_SIZE, _VOCAB_SIZE, 3),
+                                                         ("float32", 64, 768, 20)):
+        inputs = _policy_inputs(hidden_size, vocab_size)
+        library = cpu_library()
+        library.pangu_set_bf16_products(precision == "bfloat16")
+        try:
+            ours = _our_loss(inputs, PolicyHead(_NUM_POSITIONS, _CLIP_LOW, _CLIP_HIGH, _POLICY_KL_FACTOR))
+            peer = _peer_policy_loss(inputs, precision)
+            ours(), peer()
+            seconds = alternate(ours, peer, num_runs)
+        finally:
+            library.pangu_set_bf16_products(0)
+        rows.append(Row(f"lm_head, policy loss, {_NUM_POSITIONS} x {hidden_size} x {vocab_size}, {precision}", "s",
+                        seconds[0], "PyTorch", seconds[1]))
+    return rows
 
 
 def _compare(inputs, precision):
+    from mindpangu.ops.head_loss import TopkKlHead
+
     size = f"{_NUM_POSITIONS} x {_HIDDEN_SIZE} x {_VOCAB_SIZE}"
     name, is_bf16 = f"lm_head, top-k KL, CE, {size}, {precision}", precision == "bfloat16"
     library = cpu_library()
     library.pangu_set_bf16_products(is_bf16)
     try:
-        ours, products = _our_loss(inputs), _bare_products(inputs)
+        head = TopkKlHead(_NUM_POSITIONS, _CE_FACTOR, _KL_FACTOR)
+        ours, products = _our_loss(inputs, head), _bare_products(inputs)
         our_mb = _peak_mb(ours) - inputs[1].nbytes / 1e6
         peer = _peer_loss(inputs, precision)
         peer_mb = _peak_mb(peer) - inputs[1].nbytes / (2e6 if is_bf16 else 1e6)
@@ -61,13 +88,25 @@ def _inputs():
             np.log(teacher).astype(np.float32))
 
 
-def _our_loss(inputs):
+def _policy_inputs(hidden_size, vocab_size):
+    """hidden, weight, labels, weights, denominators, advantages, and the labels' log-probabilities of two policies near
+    this one."""
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((_NUM_POSITIONS, hidden_size), dtype=np.float32)
+    weight = random.standard_normal((vocab_size, hidden_size), dtype=np.float32)
+    weight *= np.float32(0.03)
+    labels = random.integers(0, vocab_size, _NUM_POSITIONS).astype(np.int32)
+    ones = np.ones(_NUM_POSITIONS, np.float32)
+    logprobs = (hidden * weight[labels]).sum(-1) - np.log(vocab_size) - hidden_size * 0.03**2 / 2  # of normal logits
+    others = [logprobs + random.normal(0, 0.1, _NUM_POSITIONS) for _ in range(2)]
+    advantages = random.standard_normal(_NUM_POSITIONS)
+    return hidden, weight, labels, ones, ones, *(array.astype(np.float32) for array in (advantages, *others))
+
+
+def _our_loss(inputs, head):
     import mindspore as ms
     from mindspore import Tensor
 
-    from mindpangu.ops.head_loss import TopkKlHead
-
-    head = TopkKlHead(_NUM_POSITIONS, _CE_FACTOR, _KL_FACTOR)
     weight = ms.Parameter(Tensor.from_numpy(inputs[1]))
 
     def loss(hidden, *targets):
@@ -107,6 +146,30 @@ def _peer_loss(inputs, precision):
         kl = (p.exp() * (p - q)).sum(-1)
         loss = (weights * (_CE_FACTOR * ce[:, 0] + _KL_FACTOR * kl)).sum()
         torch.autograd.grad(loss, (hidden, weight))
+
+    return run
+
+
+def _peer_policy_loss(inputs, precision):
+    import torch
+
+    torch.set_num_threads(num_usable_cores())
+    dtype = getattr(torch, precision)
+    hidden, weight = (torch.from_numpy(array).to(dtype).requires_grad_() for array in inputs[:2])
+    labels = torch.from_numpy(inputs[2]).long()[:, None]
+    weights, denominators, advantages, old, ref = map(torch.from_numpy, inputs[3:])
+
+    def run():
+        policy = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.float32)
+        logprobs = policy.gather(1, labels)[:, 0]
+        with torch.no_grad():
+            entropy = -(policy.exp() * policy).sum(-1)
+        ratio = (logprobs - old).exp()
+        surrogate = -torch.minimum(ratio * advantages, ratio.clamp(_CLIP_LOW, _CLIP_HIGH) * advantages)
+        kl = (ref - logprobs).exp() - (ref - logprobs) - 1
+        loss = (weights * (surrogate + _POLICY_KL_FACTOR * kl)).sum()
+        torch.autograd.grad(loss, (hidden, weight))
+        (denominators * entropy).sum()
 
     return run
 

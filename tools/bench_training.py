@@ -164,12 +164,12 @@ def _our_step(sizes, precision):
     train = TrainConfig(steps=1000, rows_per_step=1, micro_batch_rows=1, lr=1e-4)
     loop = Loop(make_loss(model, length, 1024), METRICS, model.trainable_params(), train=train, run=RunConfig(),
                 num_steps=1000, folder=tempfile.mkdtemp(), save_model=None)
-    inputs = [Tensor(array) for array in arrays]
+    inputs, one = [Tensor(array) for array in arrays], Tensor(1)
     hyperparameters = loop.optimizer.hyperparameters(0, 1e-4)
 
     def step():
         cpu_library().pangu_set_bf16_products(int(precision == "bfloat16"))
-        loss = loop.training_step(hyperparameters, *inputs)[0]
+        loss = loop.training_step(hyperparameters, one, *inputs)[0]
         return float(loss.asnumpy())
 
     return step

@@ -16,9 +16,13 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # python tools/report.py in a checkout: the package is one folder up
+if __package__:
+    from . import report_grpo
+else:  # python tools/report.py in a checkout: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import report_grpo
 
+from mindpangu.benchmarks.results import as_html
 from mindpangu.runtime.metrics import format_seconds
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 340, 212  # SVG units
@@ -42,11 +46,22 @@ class Metric(NamedTuple):
 METRICS = {
     "loss": Metric("Loss", "nats per token", "logarithmic"),
     "ce": Metric("Cross-entropy to the labels", "nats per token", "logarithmic"),
-    "kl": Metric("KL to the teacher", "nats per token", "logarithmic"),
+    "reward": Metric("Reward", "mean over the answers of a rollout"),
+    "correct": Metric("Right answers in rollouts", "% of sampled answers", "share"),
+    "kl": Metric("KL to the teacher", "nats per token; of GRPO: to the starting policy, k3", "logarithmic"),
     "agreement": Metric("Top-1 agreement with the teacher", "% of tokens", "share"),
     "teacher_mass": Metric("Teacher mass within its top k", "% probability, mean over tokens", "share"),
     "accuracy": Metric("Held-out accuracy", "% of held-out problems", "share"),
-    "truncated": Metric("Truncated answers", "% of held-out problems", "share"),
+    "truncated": Metric("Truncated answers", "% of held-out problems, or of sampled answers", "share"),
+    "answer_len": Metric("Answer length", "tokens, mean over sampled answers", "rate"),
+    "entropy": Metric("Entropy of the policy", "nats per token", "rate"),
+    "dead_groups": Metric("Groups that teach nothing", "% of prompts whose answers all got the same reward", "share"),
+    "masked": Metric("Masked answers", "% of sampled answers, outside the loss", "share"),
+    "clipped": Metric("Clipped tokens", "% of tokens", "share"),
+    "policy": Metric("Policy loss", "clipped surrogate"),
+    "rollout_time": Metric("Time in rollouts", "% of the time", "share"),
+    "sampler_diff": Metric("Sampler against trainer", "nats, mean difference of log-probabilities", "logarithmic"),
+    "sampler_diff_max": Metric("Sampler against trainer, worst token", "nats", "logarithmic"),
     "own_kl": Metric("KL to the teacher on own answers", "nats per token", "logarithmic"),
     "lr": Metric("Learning rate", "of AdamW, at the step", "rate"),
     "grad_norm": Metric("Gradient norm", "global L2 norm before clipping", "logarithmic"),
@@ -55,7 +70,7 @@ METRICS = {
     "data_wait": Metric("Waiting for data", "% of the step's time", "share"),
     "memory_gib": Metric("Peak memory so far", "GiB", "rate"),
 }
-_NOT_PLOTTED = ("step", "time", "num_tokens")
+_NOT_PLOTTED = ("step", "time", "num_tokens", "rounds")
 _NEVER_SMOOTHED = ("lr", "memory_gib")
 
 
@@ -71,6 +86,9 @@ class Run(NamedTuple):
     done: dict | None  # done.json, of a finished run
     best_step: int | None
     refreshes: list  # summaries of the refreshes: ({} or answers/summary.json, {} or annotations/summary.json)
+    evaluation: dict | None  # results.json of an evaluation, see benchmarks.results
+    pass_rates: dict | None  # of GRPO, see report_grpo
+    transcripts: dict
 
 
 class Line(NamedTuple):
@@ -115,7 +133,9 @@ def read_run(folder):
         done=done,
         best_step=int(best_step.group(1)) if best_step else None,
         refreshes=[tuple(_read_json(refresh / part / "summary.json", missing={}) for part in ("answers", "annotations"))
-                   for refresh in refreshes])
+                   for refresh in refreshes],
+        evaluation=_read_json(folder / "results.json", missing=None),
+        pass_rates=report_grpo.read_pass_rates(folder), transcripts=report_grpo.read_transcripts(folder))
 
 
 def read_metrics(path):
@@ -292,6 +312,8 @@ def running_mean(points, num_neighbours):
 def draw_plot(name, lines, num_runs, refresh_steps):
     """A <figure> with the curves of one metric. refresh_steps: {run: [steps at which the student answered anew]}."""
     metric = METRICS.get(name, Metric(name, "as in metrics.jsonl"))
+    if name.startswith("reason/"):
+        metric = Metric(f"Judged {name[7:].replace('_', ' ')}", "answers of a rollout", "rate")
     notes = []
     num_not_finite = sum(line.num_not_finite for line in lines)
     if num_not_finite:
@@ -600,6 +622,7 @@ def draw_report(runs):
 {f"<nav>{legend}</nav>" if len(runs) > 1 else ""}
 <h2>Results</h2>
 {draw_table(runs)}
+{_draw_evaluations(runs)}
 <h2>Curves</h2>
 <p class="hint">
 <span class="key"><svg viewBox="0 0 28 8"><line x1="0" x2="28" y1="4" y2="4"/></svg>training</span>
@@ -609,9 +632,21 @@ def draw_report(runs):
 <div class="plots">{plots or "<p>No metrics yet.</p>"}</div>
 <h2>Sample answers</h2>
 {draw_samples(runs)}
+{_draw_rollouts(runs)}
 <div id="tip" hidden></div>
 <script>{_SCRIPT}</script></body></html>
 """
+
+
+def _draw_evaluations(runs):
+    return "".join(f'<section data-run="{i}">{as_html(run.evaluation)}</section>' for i, run in enumerate(runs)
+                   if run.evaluation)
+
+
+def _draw_rollouts(runs):
+    drawn = [f'<section data-run="{i}">{report_grpo.draw_grpo(run.name, run.pass_rates, run.transcripts)}</section>'
+             for i, run in enumerate(runs) if run.pass_rates or run.transcripts]
+    return "<h2>Rollouts</h2>" + "".join(drawn) if drawn else ""
 
 
 def _legend_entry(i, run, differing):
@@ -681,7 +716,7 @@ article s{text-decoration:none;color:var(--soft);opacity:.75;font-size:.82em}
 @media(max-width:480px){.pair{grid-template-columns:1fr}}
 @media print{nav{position:static}}
 .off{display:none!important}
-"""
+""" + report_grpo.STYLE
 
 # Hovering shows every visible curve's value at its point nearest to the pointer; the checkboxes hide and show runs.
 _SCRIPT = """

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..data.batches import Samples
-from ..data.pack import pack_best_fit
+from ..model.logprobs import assemble_rows
 from .cache import decode_topk, encode_topk
 
 
@@ -41,54 +41,21 @@ class Annotator:
         Log-probabilities are natural, at temperature 1 and with respect to the whole vocabulary. Raises ValueError for
         a sample longer than a row.
         """
-        lengths = np.diff(samples.offsets)
-        targets_before = np.concatenate([[0], np.cumsum(samples.is_target)])[samples.offsets]
-        num_targets = int(targets_before[-1])
+        num_targets = int(samples.is_target.sum())
         ids = np.zeros((num_targets, self.top_k), np.int32)
         logprobs = np.zeros((num_targets, self.top_k), np.float32)
         label_logprobs = np.zeros(num_targets, np.float32)
-        order, row_starts = pack_best_fit(lengths, self.row_len)
-        for first_row in range(0, len(row_starts) - 1, self.num_rows):
-            self._score_rows(samples, order, row_starts[first_row:first_row + self.num_rows + 1], targets_before,
-                             (ids, logprobs, label_logprobs))
+        for arrays, slots in assemble_rows(samples, self.row_len, self.num_rows, self.pad_id):
+            tokens, positions, lengths, index, labels, _ = arrays
+            hidden = self.hidden_states(Tensor(tokens), Tensor(positions), Tensor(lengths))
+            for first in range(0, len(slots), self.chunk_size):
+                part = slots[first:first + self.chunk_size]
+                # A chunk may reach into unused slots, and over the end of all.
+                chunk = [np.resize(x[first:first + self.chunk_size], self.chunk_size) for x in (index, labels)]
+                scored = self.score(hidden, *map(Tensor, chunk))
+                for result, array in zip((ids, logprobs, label_logprobs), scored, strict=True):
+                    result[part] = array.asnumpy()[:len(part)]
         return ids, logprobs, label_logprobs
-
-    def _score_rows(self, samples, order, row_starts, targets_before, results):
-        num_tokens = self.num_rows * self.row_len
-        tokens = np.full(num_tokens, self.pad_id, np.int32)
-        positions = np.zeros(num_tokens, np.int32)
-        document_starts, index, slots = [0], [], []
-        for row in range(self.num_rows):
-            at = row * self.row_len
-            if row < len(row_starts) - 1:
-                for sample in order[row_starts[row]:row_starts[row + 1]]:
-                    span = slice(samples.offsets[sample], samples.offsets[sample + 1])
-                    length = span.stop - span.start
-                    tokens[at:at + length] = samples.tokens[span]
-                    positions[at:at + length] = np.arange(length)
-                    targets = np.flatnonzero(samples.is_target[span])
-                    index.append(at + targets - 1)
-                    slots.append(targets_before[sample] + np.arange(len(targets)))
-                    document_starts.append(at)
-                    at += length
-            document_starts.append(at)
-            rest = (row + 1) * self.row_len - at
-            positions[at:at + rest] = np.arange(rest)
-        # As many documents as there can be: the graph has one shape.
-        ends = np.full(num_tokens // 2 + self.num_rows + 2, num_tokens, np.int64)
-        starts = np.unique(np.array([*document_starts, num_tokens]))
-        ends[:len(starts)] = starts
-        index, slots = np.concatenate(index).astype(np.int32), np.concatenate(slots)
-        hidden = self.hidden_states(Tensor(tokens), Tensor(positions), Tensor(ends))
-        for first in range(0, len(index), self.chunk_size):
-            part = slice(first, first + self.chunk_size)
-            padded = np.zeros(self.chunk_size, np.int32)
-            padded[:len(index[part])] = index[part]
-            labels = np.zeros(self.chunk_size, np.int32)
-            labels[:len(index[part])] = tokens[index[part] + 1]
-            scored = self.score(hidden, Tensor(padded), Tensor(labels))
-            for result, array in zip(results, scored, strict=True):
-                result[slots[part]] = array.asnumpy()[:len(index[part])]
 
 
 def annotate(annotator, samples_of, shards, reporter=None):

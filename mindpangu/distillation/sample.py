@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.batches import Samples
-from ..model.generate import uniforms
 
 
 class Answers(NamedTuple):
@@ -15,6 +14,7 @@ class Answers(NamedTuple):
     offsets: np.ndarray  # int64 [N + 1]
     prompt_lens: np.ndarray  # int32 [N]
     logprobs: np.ndarray  # float32, one per answer token, in the sampling distribution
+    kept_logprobs: np.ndarray  # float32, likewise, of the mass that top-k and top-p kept, see ops.sample
     prompt_index: np.ndarray  # int32 [N], of the data set
     sample_index: np.ndarray  # int32 [N], of the prompt
     truncated: np.ndarray  # uint8 [N]
@@ -37,8 +37,7 @@ def sample_answers(generator, prompts, *, samples_per_prompt, seed, prompts_per_
         first = shard * prompts_per_shard
         chosen = [(p, s) for p in range(first, min(first + prompts_per_shard, len(prompts)))
                   for s in range(samples_per_prompt)]
-        results = generator.generate([prompts[p] for p, _ in chosen],
-                                     lambda i: uniforms(seed, *chosen[i], generator.max_new_tokens))  # noqa: B023
+        results = generator.generate([prompts[p] for p, _ in chosen], [(seed, p, s) for p, s in chosen])
         sequences = [np.concatenate([prompts[p], answer.tokens])
                      for (p, _), answer in zip(chosen, results, strict=True)]
         shards.write(shard, Answers(
@@ -46,6 +45,7 @@ def sample_answers(generator, prompts, *, samples_per_prompt, seed, prompts_per_
             offsets=np.concatenate([[0], np.cumsum([len(s) for s in sequences])]).astype(np.int64),
             prompt_lens=np.array([len(prompts[p]) for p, _ in chosen], np.int32),
             logprobs=np.concatenate([answer.logprobs for answer in results]),
+            kept_logprobs=np.concatenate([answer.kept_logprobs for answer in results]),
             prompt_index=np.array([p for p, _ in chosen], np.int32),
             sample_index=np.array([s for _, s in chosen], np.int32),
             truncated=np.array([answer.truncated for answer in results], np.uint8))._asdict())

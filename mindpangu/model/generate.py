@@ -18,6 +18,7 @@ class Answer(NamedTuple):
 
     tokens: np.ndarray  # int32 [n]
     logprobs: np.ndarray  # float32 [n], in the sampling distribution
+    kept_logprobs: np.ndarray  # float32 [n], of the mass that top-k and top-p kept, see ops.sample
     truncated: bool  # the answer did not end within max_new_tokens
 
 
@@ -65,10 +66,13 @@ class _Decode(nn.Cell):
         self.eos_id = eos_id
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_k, self.top_p = sampling
+        self.drops_tokens = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
         self.answers = Parameter(Tensor(np.zeros((num_slots, max_new_tokens), np.int32)), name="answers",
                                  requires_grad=False)
         self.logprobs = Parameter(Tensor(np.zeros((num_slots, max_new_tokens), np.float32)), name="logprobs",
                                   requires_grad=False)
+        self.kept_logprobs = Parameter(Tensor(np.zeros((num_slots, max_new_tokens), np.float32)), name="kept_logprobs",
+                                       requires_grad=False)
         self.slots = Tensor(np.arange(num_slots, dtype=np.int32))
 
     def construct(self, tokens_B, positions_B, lengths_B, active_B, uniforms_BA, max_active):
@@ -77,20 +81,23 @@ class _Decode(nn.Cell):
             logits = self.model.decode(tokens_B, positions_B, self.k_caches, self.v_caches)
             last = ops.minimum(lengths_B, ops.full_like(lengths_B, self.max_new_tokens - 1))
             numbers = ops.gather_d(uniforms_BA, 1, ops.expand_dims(last, 1)).reshape(-1)
-            drawn, logprobs = sample(logits, numbers, self.temperature, self.top_k, self.top_p)
-            # An idle slot writes its last entry again: its answer was taken before, or is never read.
-            index = ops.stack((self.slots, last), -1)
-            old = ops.gather_d(self.answers, 1, ops.expand_dims(last, 1)).reshape(-1)
-            old_logprobs = ops.gather_d(self.logprobs, 1, ops.expand_dims(last, 1)).reshape(-1)
+            drawn, logprobs, kept_logprobs = sample(logits, numbers, self.temperature, self.top_k, self.top_p)
             is_active = active_B > 0
-            ops.scatter_nd_update(self.answers, index, ops.select(is_active, drawn, old))
-            ops.scatter_nd_update(self.logprobs, index, ops.select(is_active, logprobs, old_logprobs))
+            self.write(self.answers, last, drawn, is_active)
+            self.write(self.logprobs, last, logprobs, is_active)
+            if self.drops_tokens:
+                self.write(self.kept_logprobs, last, kept_logprobs, is_active)
             tokens_B = ops.select(is_active, drawn, tokens_B)
             positions_B = positions_B + active_B
             lengths_B = lengths_B + active_B
             going = ops.logical_and(drawn != self.eos_id, lengths_B < self.max_new_tokens)
             active_B = active_B * ops.cast(going, ms.int32)
         return tokens_B, positions_B, lengths_B, active_B
+
+    def write(self, written_BA, last_B, values_B, is_active):
+        """An idle slot writes its last entry again: its answer was taken before, or is never read."""
+        old = ops.gather_d(written_BA, 1, ops.expand_dims(last_B, 1)).reshape(-1)
+        ops.scatter_nd_update(written_BA, ops.stack((self.slots, last_B), -1), ops.select(is_active, values_B, old))
 
 
 class Generator:
@@ -125,12 +132,17 @@ class Generator:
         if mode == "graph":
             self._prefill, self._decode = ms.jit(prefill.construct), ms.jit(self._decode_cell.construct)
 
-    def generate(self, prompts, uniforms_of, on_answer=None):
+    def generate(self, prompts, keys=None, on_answer=None):
         """Answers, in the order of the prompts (int32 arrays of at most prompt_len tokens).
 
-        uniforms_of(i) -> float32 [max_new_tokens]: the random numbers of answer i. on_answer(i, Answer) is called as
-        they finish.
+        keys: for each prompt (seed, prompt_index, sample_index), the source of its random numbers, see `uniforms`;
+        temperature 0 needs none. on_answer(i, Answer) is called as they finish.
         """
+        if keys is None and self._decode_cell.temperature > 0 and len(prompts) > 0:
+            raise ValueError(f"keys=None at temperature {self._decode_cell.temperature}: expected a (seed, "
+                             "prompt_index, sample_index) for each prompt; only temperature 0 needs no random numbers.")
+        if keys is not None and len(keys) != len(prompts):
+            raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts: expected one for each.")
         for i, prompt in enumerate(prompts):
             if not 1 <= len(prompt) <= self.prompt_len:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to rollout.max_prompt_len="
@@ -154,17 +166,19 @@ class Generator:
                     slot_prompt[slot] = i
                     tokens[slot], positions[slot] = prompts[i][-1], len(prompts[i]) - 1
                     lengths[slot], active[slot] = 0, 1
-                    numbers[slot] = uniforms_of(i)
+                    if keys is not None:
+                        numbers[slot] = uniforms(*keys[i], self.max_new_tokens)
             max_active = self.num_slots - self.num_refill if next_prompt < len(prompts) else 0
             state = self._decode(Tensor(tokens), Tensor(positions), Tensor(lengths), Tensor(active), Tensor(numbers),
                                  Tensor(max_active, ms.int32))
             tokens, positions, lengths, active = (x.asnumpy().copy() for x in state)
-            written, logprobs = self._decode_cell.answers.asnumpy(), self._decode_cell.logprobs.asnumpy()
+            cell = self._decode_cell
+            written = [x.asnumpy() for x in (cell.answers, cell.logprobs, cell.kept_logprobs)]
             for slot in np.flatnonzero((slot_prompt >= 0) & (active == 0)):
                 i, length = slot_prompt[slot], lengths[slot]
                 slot_prompt[slot] = -1
-                answer = written[slot, :length].copy()
-                answers[i] = Answer(answer, logprobs[slot, :length].copy(), bool(answer[-1] != self.eos_id))
+                answer, logprobs, kept_logprobs = (x[slot, :length].copy() for x in written)
+                answers[i] = Answer(answer, logprobs, kept_logprobs, bool(answer[-1] != self.eos_id))
                 if on_answer:
                     on_answer(i, answers[i])
         return answers

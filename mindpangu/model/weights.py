@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from ..config import ModelConfig
@@ -385,3 +386,12 @@ def _write_json(file, value):
         stream.write(json.dumps(value, indent=2) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def parameters_digest(model):
+    """xxh3_128, hexadecimal, of a model's weights in their order: the same weights, the same digest."""
+    digest = xxhash.xxh3_128()
+    for parameter in model.get_parameters():
+        digest.update(parameter.name.encode())
+        digest.update(np.ascontiguousarray(parameter.asnumpy()).view(np.uint8))
+    return digest.hexdigest()

@@ -1,15 +1,18 @@
-"""The output projection and the loss on its logits, without the logits of all positions ever existing.
+"""The output projection and what is made of its logits, a loss or log-probabilities; the logits of all positions never
+exist.
 
-S supervised positions, D hidden, V vocabulary, C positions of a chunk, K teacher top-k, M metrics.
+S positions, D hidden, V vocabulary, C positions of a chunk, K teacher top-k, M metrics.
 """
 
 import mindspore as ms
-from mindspore import nn, ops
+import numpy as np
+from mindspore import Tensor, nn, ops
 from mindspore.ops.primitive import constexpr
 
 from . import kernels
 from .cross_entropy import cross_entropy
 from .kernels import is_ascendc, is_native
+from .policy_loss import label_logprobs, policy_loss
 from .topk_kl import form, losses_by_operator, topk_kl
 
 
@@ -79,6 +82,76 @@ class TopkKlHead(nn.Cell):
             loss, metrics = _topk_kl_value_kernel()(hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK,
                                                     teacher_logprobs_SK, self.form)
         return loss.reshape(()), metrics
+
+
+class PolicyHead(nn.Cell):
+    """The policy-gradient loss of hidden states under the output projection, summed over positions; its terms are those
+    of policy_loss, chunk_size and gradients as in CrossEntropyHead."""
+
+    def __init__(self, chunk_size, clip_low, clip_high, kl_factor, gradients=True):
+        super().__init__()
+        self.gradients = gradients
+        self.form = Tensor(np.array([clip_low, clip_high, kl_factor], np.float32))
+
+        def loss_of_chunk(logits, labels, weights, denominators, advantages, old_logprobs, ref_logprobs):
+            surrogate, kl, clipped, entropy, dlogits = policy_loss(logits, labels, weights, advantages, old_logprobs,
+                                                                   ref_logprobs, clip_low, clip_high, kl_factor)
+            surrogate_sum = (surrogate * weights).sum()
+            metrics = ops.stack((denominators.sum(), surrogate_sum, (kl * denominators).sum(),
+                                 (clipped * denominators).sum(), (entropy * denominators).sum()))
+            return surrogate_sum + kl_factor * (kl * weights).sum(), metrics, dlogits
+
+        self.reference = _ChunkedHead(loss_of_chunk, 5, chunk_size, gradients)
+
+    def construct(self, hidden_SD, weight_VD, labels_S, weights_S, denominators_S, advantages_S, old_logprobs_S,
+                  ref_logprobs_S):
+        """Returns the loss sum, sum(weights * (surrogate + kl_factor * k3)), differentiable, and metric_sums_5: the
+        sums over positions of the denominator, weight * surrogate, and the denominator times k3, clipped and entropy.
+
+        denominators_S: what the loss sum will be divided by, summed over positions. Both weights 0: not a target.
+        """
+        targets = (labels_S, weights_S, denominators_S, advantages_S, old_logprobs_S, ref_logprobs_S)
+        if not is_native("head_loss"):
+            loss, metrics, _, _ = self.reference(hidden_SD, weight_VD, targets)
+        elif self.gradients:
+            loss, metrics, _, _ = _policy_kernel()(hidden_SD, weight_VD, *targets, self.form)
+        else:
+            loss, metrics = _policy_value_kernel()(hidden_SD, weight_VD, *targets, self.form)
+        return loss.reshape(()), metrics
+
+
+class LogprobHead(nn.Cell):
+    """Log-probabilities of labels given hidden states under the output projection, and what goes with them; without
+    gradients. chunk_size as in CrossEntropyHead."""
+
+    def __init__(self, chunk_size):
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.project = ops.MatMul(transpose_b=True)
+
+    def construct(self, hidden_SD, weight_VD, labels_S, weights_S):
+        """Returns logprobs_S, entropies_S and is_top_S as label_logprobs; zeros at positions of weight 0."""
+        if is_native("head_loss"):
+            return _logprob_kernel()(ops.stop_gradient(hidden_SD), ops.stop_gradient(weight_VD), labels_S, weights_S)
+        num_positions, chunk = hidden_SD.shape[0], self.chunk_size
+        num_chunks = (num_positions + chunk - 1) // chunk
+        padding = num_chunks * chunk - num_positions
+        hidden, labels = _in_chunks(hidden_SD, padding, chunk), _in_chunks(labels_S, padding, chunk)
+        weight = ops.cast(weight_VD, hidden_SD.dtype)  # a frozen model's may be bfloat16
+        is_live_S = weights_S != 0
+        # Where only the first positions count, as in a batch with room for more, the chunks behind them are left out.
+        counts = ops.cast(is_live_S, ms.int32) * ops.arange(1, num_positions + 1, dtype=ms.int32)
+        num_live_chunks = (counts.max() + (chunk - 1)) // chunk
+        scores = ops.zeros((num_chunks, 3, chunk), ms.float32)
+        i = ops.zeros((), ms.int32)
+        while i < num_live_chunks:
+            scored = ops.stack(label_logprobs(self.project(hidden[i], weight), labels[i]))
+            scores = ops.tensor_scatter_update(scores, i.reshape(1, 1), ops.expand_dims(scored, 0))
+            i = i + 1
+        scores = scores.transpose(1, 0, 2).reshape(3, num_chunks * chunk)[:, :num_positions]
+        is_live = is_live_S.broadcast_to((3, num_positions))
+        scores = ops.stop_gradient(ops.select(is_live, scores, ops.zeros_like(scores)))
+        return scores[0], scores[1], scores[2]
 
 
 class _ChunkedHead(nn.Cell):
@@ -175,13 +248,29 @@ def _cross_entropy_value_kernel():
 
 @constexpr
 def _topk_kl_kernel():
-    return kernels.custom("TopkKlHead", out_shape=_topk_kl_shapes, out_dtype=_dtypes, bprop=_topk_kl_bprop)
+    return kernels.custom("TopkKlHead", out_shape=_five_metrics_shapes, out_dtype=_dtypes, bprop=_topk_kl_bprop)
 
 
 @constexpr
 def _topk_kl_value_kernel():
-    return kernels.custom("TopkKlHeadValue", out_shape=_topk_kl_value_shapes, out_dtype=_value_dtypes,
+    return kernels.custom("TopkKlHeadValue", out_shape=_five_metrics_value_shapes, out_dtype=_value_dtypes,
                           bprop=_topk_kl_value_bprop)
+
+
+@constexpr
+def _policy_kernel():
+    return kernels.custom("PolicyHead", out_shape=_five_metrics_shapes, out_dtype=_dtypes, bprop=_policy_bprop)
+
+
+@constexpr
+def _policy_value_kernel():
+    return kernels.custom("PolicyHeadValue", out_shape=_five_metrics_value_shapes, out_dtype=_value_dtypes,
+                          bprop=_policy_value_bprop)
+
+
+@constexpr
+def _logprob_kernel():
+    return kernels.custom("LogprobHead", out_shape=_logprob_shapes, out_dtype=_logprob_dtypes)
 
 
 def _cross_entropy_shapes(hidden, weight, *targets):
@@ -192,12 +281,20 @@ def _cross_entropy_value_shapes(*inputs):
     return [1], [1]
 
 
-def _topk_kl_shapes(hidden, weight, *targets):
+def _five_metrics_shapes(hidden, weight, *targets):
     return [1], [5], hidden, weight
 
 
-def _topk_kl_value_shapes(*inputs):
+def _five_metrics_value_shapes(*inputs):
     return [1], [5]
+
+
+def _logprob_shapes(hidden, weight, labels, weights):
+    return labels, labels, labels
+
+
+def _logprob_dtypes(*inputs):
+    return ms.float32, ms.float32, ms.float32
 
 
 def _dtypes(hidden, *rest):
@@ -219,6 +316,14 @@ def _topk_kl_bprop(hidden, weight, labels, weights, teacher_ids, teacher_logprob
             ops.zeros_like(teacher_logprobs), ops.zeros_like(form))
 
 
+def _policy_bprop(hidden, weight, labels, weights, denominators, advantages, old_logprobs, ref_logprobs, form, out,
+                  dout):
+    d_hidden, d_weight = _scaled(out, dout, hidden, weight)
+    return (d_hidden, d_weight, ops.zeros_like(labels), ops.zeros_like(weights), ops.zeros_like(denominators),
+            ops.zeros_like(advantages), ops.zeros_like(old_logprobs), ops.zeros_like(ref_logprobs),
+            ops.zeros_like(form))
+
+
 def _scaled(out, dout, hidden, weight):
     """The kernel's gradients times the incoming scalar."""
     return ops.cast(out[2] * dout[0], hidden.dtype), ops.cast(out[3] * dout[0], weight.dtype)
@@ -229,4 +334,9 @@ def _cross_entropy_value_bprop(hidden, weight, labels, weights, out, dout):
 
 
 def _topk_kl_value_bprop(hidden, weight, labels, weights, teacher_ids, teacher_logprobs, form, out, dout):
+    return _refuse()
+
+
+def _policy_value_bprop(hidden, weight, labels, weights, denominators, advantages, old_logprobs, ref_logprobs, form,
+                        out, dout):
     return _refuse()

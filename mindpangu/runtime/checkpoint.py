@@ -39,6 +39,16 @@ def write_atomic(path, text):
     fsync_folder(path.parent)
 
 
+def find_model(path):
+    """The folder with the weights that a run, checkpoint or Hugging Face folder means. Raises ValueError if none is."""
+    path = Path(path)
+    folder = path if (path / "config.json").is_file() else newest_checkpoint(path)
+    if folder is None or not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"{path}: expected a run folder with a checkpoint, or a folder with config.json, weights and "
+                         "tokenizer.model.")
+    return folder
+
+
 def lock_folder(folder):
     """Keep other runs out of a folder while the returned file is open. Raises ValueError if it is taken."""
     folder = Path(folder)

@@ -2,7 +2,12 @@
 
 Contract of a loss function: loss_fn(*tensors) -> (loss_sum, metric_sums_M) on one micro-batch, where metric_sums_M[0]
 is the sum of the loss weights and the rest are weighted sums too. The loss is sum(w * l) / sum(w) over all
-micro-batches, so how a batch is split never changes a gradient; all averaging policy lives in the weights.
+micro-batches, so how a batch is split never changes a gradient; all averaging policy lives in the weights. A policy
+loss divides by weights of its own (see trainers.grpo): then metric_sums_M[0] is the sum of those. A batch whose
+metric_sums_M[0] is zero has nothing to learn from: its loss is zero, and nothing is updated.
+
+Contract of batches: an endless iterator of batches with state_dict(), load_state_dict(state) and take_metrics(). A
+batch has arrays() with a leading axis A, num_micro_batches (the first ones of A, the rest is room) and num_tokens.
 
 A micro-batches of a step, M metrics.
 """
@@ -22,12 +27,14 @@ from .optim import AdamW, learning_rate
 
 
 def make_gradient_step(loss_fn, parameters, num_metrics):
-    """step(*arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum)."""
+    """step(num_micro_batches, *arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum).
+
+    num_micro_batches: int32 scalar tensor, the first of A that are computed; at least 1.
+    """
     value_and_grad = ops.value_and_grad(loss_fn, None, parameters, has_aux=True)
 
-    def gradient_step(*batch):
-        num_micro_batches = batch[0].shape[0]
-        if num_micro_batches == 1:
+    def gradient_step(num_micro_batches, *batch):
+        if batch[0].shape[0] == 1:
             first = ()
             for array in batch:
                 first = first + (array[0],)
@@ -72,6 +79,7 @@ class Loop:
         self.optimizer = AdamW(self.parameters, train)
         self.metrics_file = MetricsFile(folder)
         self.step = 0
+        self.num_updates = 0  # steps that had something to learn from
         self.best = None  # {"step", "value"} of the best validation
         self.num_tokens = 0
         self.started, self.seconds_before = time.monotonic(), 0.0  # of this start, and of those before it
@@ -79,10 +87,10 @@ class Loop:
         gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names))
         optimizer, clip_norm = self.optimizer, train.clip_norm
 
-        def training_step(hyperparameters_5, *batch):
-            loss, metrics, grads = gradient_step(*batch)
+        def training_step(hyperparameters_5, num_micro_batches, *batch):
+            loss, metrics, grads = gradient_step(num_micro_batches, *batch)
             weight = metrics[0]
-            norm = global_norm(grads) / weight
+            norm = global_norm(grads) / weight  # NaN where the weight is zero
             finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
             if finite:
                 scale = clip_norm / (ops.maximum(norm, ops.full_like(norm, clip_norm)) * weight)
@@ -112,6 +120,7 @@ class Loop:
             # Assigned in place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
             ops.assign(parameter, Tensor(arrays[parameter.name]))
         self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
+        self.num_updates = state["num_updates"]
         self.seconds_before = state["seconds"]
         self.metrics_file.keep_until(self.step)
         say(f"resuming at step {self.step} of {self.num_steps} from {newest}")
@@ -121,7 +130,7 @@ class Loop:
         """Write a checkpoint of this moment. state: JSON-able, given back by `resume`."""
         checkpoints.save_checkpoint(self.folder, self.step, self.save_model,
                                     checkpoints.as_arrays(self.optimizer_parameters()),
-                                    {"best": self.best, "num_tokens": self.num_tokens,
+                                    {"best": self.best, "num_tokens": self.num_tokens, "num_updates": self.num_updates,
                                      "seconds": round(self.seconds(), 1), "state": state})
         if self.best and self.best["step"] == self.step:
             checkpoints.mark_best(self.folder, self.step)
@@ -142,7 +151,7 @@ class Loop:
             self.best = {"step": self.step, "value": better}
 
     def fit(self, batches, until_step, evaluate=None, state=None):
-        """Train to `until_step` (exclusive) on an endless iterator of batches with state_dict().
+        """Train to `until_step` (exclusive) on batches, see the contract above.
 
         evaluate: see `validate`; called before step 0, every train.eval_every steps and after the last one.
         Raises FloatingPointError on a loss or gradient that is not finite, before the update.
@@ -162,19 +171,23 @@ class Loop:
                 arrays = [Tensor(array) for array in batch.arrays()]
                 ready = time.monotonic()
                 lr = learning_rate(self.step, self.num_steps, self.train)
-                loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.step, lr), *arrays)
+                loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.num_updates, lr),
+                                                         Tensor(batch.num_micro_batches, ms.int32), *arrays)
                 loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
+                if metrics[0] == 0 and loss == 0:
+                    norm = 0.0
+                elif not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"step {self.step}, rank 0: loss {loss / metrics[0]}, grad_norm {norm}: not finite; nothing "
-                        f"was updated. The last good checkpoint is {self._last_good()}. A lower train.lr, a longer "
-                        "train.warmup_steps or cleaner data usually help.")
+                        f"step {self.step}, rank 0: loss {np.float64(loss) / metrics[0]}, grad_norm {norm}: not "
+                        f"finite; nothing was updated. The last good checkpoint is {self._last_good()}. A lower "
+                        "train.lr, a longer train.warmup_steps or cleaner data usually help.")
                 self.step += 1
-                self.num_tokens += batch.tokens_AT.size
-                window.add(loss, norm, metrics, batch.tokens_AT.size, ready - started, time.monotonic() - started)
+                self.num_updates += int(metrics[0] > 0)
+                self.num_tokens += batch.num_tokens
+                window.add(loss, norm, metrics, batch.num_tokens, ready - started, time.monotonic() - started)
                 if self.step % self.run.log_every == 0 or self.step == until_step:
-                    values = window.take(self.metric_names) | {"lr": lr, "memory_gib": round(peak_memory_gib(), 3),
-                                                               "num_tokens": self.num_tokens}
+                    values = window.take(self.metric_names) | batches.take_metrics() | {
+                        "lr": lr, "memory_gib": round(peak_memory_gib(), 3), "num_tokens": self.num_tokens}
                     if self.flops_per_token and self.peak_flops:
                         values["mfu"] = values["tokens_per_s"] * self.flops_per_token / self.peak_flops
                     self.metrics_file.write(self.step, values)
@@ -219,7 +232,7 @@ class _Window:
         self.seconds += seconds
 
     def take(self, names):
-        weight = self.metrics[0]
+        weight = self.metrics[0] or 1.0  # zero: nothing to learn from, and all sums are zero
         values = {"loss": self.loss / weight, "grad_norm": self.norm,
                   "tokens_per_s": round(self.tokens / self.seconds, 1),
                   "data_wait": round(self.waited / self.seconds, 4)}

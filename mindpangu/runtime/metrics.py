@@ -38,13 +38,16 @@ def format_seconds(seconds):
 
 
 class Reporter:
-    """Progress of long work: a live bar on a terminal, elsewhere a plain line every 30 s; both with the time left."""
+    """Progress of long work: a live bar on a terminal, elsewhere a plain line every 30 s; both with the time left.
 
-    def __init__(self, title, total, done=0):
+    within: the work is part of other work that has a bar already: plain lines only.
+    """
+
+    def __init__(self, title, total, done=0, within=False):
         self.title, self.total, self.done, self.start_done = title, total, done, done
         self.started = self.last_line = time.monotonic()
         self.bar = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not within:
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(),
                                 TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TextColumn("left"),
                                 TimeRemainingColumn(), console=_console(), transient=True)
@@ -109,9 +112,15 @@ class MetricsFile:
 
 
 def step_line(step, num_steps, values, eta_s):
-    """The line a user reads: step, loss, grad norm, lr, tokens/s, MFU, data wait, memory, time left."""
+    """The line a user reads: step, loss and what belongs to it, grad norm, lr, tokens/s, MFU, data wait, memory, time
+    left."""
     mfu = f"{values['mfu']:.1%}" if values.get("mfu") is not None else "n/a"
-    extra = "".join(f"  {name} {values[name]:.4f}" for name in values if name in ("ce", "kl", "agreement"))
+    extra = "".join(f"  {name} {values[name]:.4f}" for name in ("reward", "ce", "kl", "agreement", "entropy")
+                    if name in values)
+    extra += "".join(f"  {name} {values[name]:.1%}" for name in ("correct", "dead_groups", "truncated", "rollout_time")
+                     if name in values)
+    if "answer_len" in values:
+        extra += f"  answer_len {values['answer_len']:.1f}"
     left = format_seconds(eta_s) if eta_s is not None else "?"
     return (f"step {step}/{num_steps}  loss {values['loss']:.4f}{extra}  grad_norm {values['grad_norm']:.3f}  "
             f"lr {values['lr']:.2e}  tok/s {values['tokens_per_s']:,.0f}  mfu {mfu}  "

@@ -9,10 +9,13 @@ from ..ops.adamw import adamw
 
 
 def learning_rate(step, num_steps, train):
-    """Learning rate of optimizer step `step` (0-based): linear warm-up, then a cosine from train.lr to train.min_lr."""
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then a cosine from train.lr to train.min_lr.
+
+    The cosine ends at train.decay_steps, or with the run where that is 0; train.min_lr stays after it.
+    """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps)
+    progress = (step - train.warmup_steps) / max(1, (train.decay_steps or num_steps) - train.warmup_steps)
     return train.min_lr + 0.5 * (train.lr - train.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -32,7 +35,7 @@ class AdamW(nn.Cell):
         self.train_config = train
 
     def hyperparameters(self, step, lr):
-        """Tensor [lr, beta1, beta2, eps, weight decay] of 0-based step `step`, with the bias correction folded in."""
+        """Tensor [lr, beta1, beta2, eps, weight decay] of 0-based update `step`, with the bias correction folded in."""
         train = self.train_config
         correction1 = 1 - train.beta1 ** (step + 1)
         root = math.sqrt(1 - train.beta2 ** (step + 1))

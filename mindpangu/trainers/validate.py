@@ -6,7 +6,7 @@ from mindspore import Tensor
 
 from ..data.batches import PackedBatches
 from ..data.chat import decode_response
-from ..rewards.math import score
+from ..rewards.score import Response
 
 
 class HeldoutLoss:
@@ -37,19 +37,18 @@ class HeldoutLoss:
                                               for i, name in enumerate(self.metric_names)}
 
 
-def measure_accuracy(generator, tokenizer, prompts, values, num_shown=20):
-    """Greedy answers graded against the problems' values.
+def measure_accuracy(generator, tokenizer, prompts, examples, are_correct, num_shown=20):
+    """Greedy answers, judged by are_correct(examples, responses) -> [bool].
 
     Returns {"accuracy", "truncated"} as shares, and the first num_shown as dictionaries for the report.
     """
-    answers = generator.generate(prompts, lambda i: np.zeros(generator.max_new_tokens, np.float32))
-    correct, shown = 0, []
-    for i, answer in enumerate(answers):
-        message = decode_response(tokenizer, answer.tokens)
-        is_correct = score(values[i], message.content) == 1.0
-        correct += is_correct
-        if i < num_shown:
-            shown.append({"prompt": tokenizer.decode(prompts[i]), "answer": tokenizer.decode(answer.tokens),
-                          "value": values[i], "correct": bool(is_correct), "truncated": answer.truncated})
+    answers = generator.generate(prompts)
+    messages = [decode_response(tokenizer, answer.tokens) for answer in answers]
+    responses = [Response(message.content, message.thoughts, not answer.truncated, len(answer.tokens))
+                 for message, answer in zip(messages, answers, strict=True)]
+    correct = are_correct(examples, responses)
+    shown = [{"prompt": tokenizer.decode(prompts[i]), "answer": tokenizer.decode(answers[i].tokens),
+              "value": examples[i].value, "correct": bool(correct[i]), "truncated": answers[i].truncated}
+             for i in range(min(num_shown, len(answers)))]
     truncated = sum(answer.truncated for answer in answers)
-    return {"accuracy": correct / len(answers), "truncated": truncated / len(answers)}, shown
+    return {"accuracy": sum(correct) / len(answers), "truncated": truncated / len(answers)}, shown

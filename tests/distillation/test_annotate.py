@@ -149,7 +149,7 @@ def test_the_whole_vocabulary_is_the_whole_distribution(teacher, mindspore_cpu):
 
 
 def test_a_sample_longer_than_a_row_is_refused(annotator, mindspore_cpu):
-    with pytest.raises(ValueError, match="1 of 2 samples exceed capacity=16"):
+    with pytest.raises(ValueError, match="1 of 2 samples are longer, the longest sample has 17 tokens"):
         annotator.top_logprobs(ragged_samples(10, [3, 17]))
 
 

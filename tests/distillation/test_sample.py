@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mindpangu.config import ModelConfig
 from mindpangu.data.shards import ShardFolder
 from mindpangu.distillation.sample import Answers, answers_to_samples, find_unwanted, is_repetitive, sample_answers
-from mindpangu.model.generate import Generator, uniforms
+from mindpangu.model.generate import Generator
 from mindpangu.model.pangu import Pangu
 
 CONFIG = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
@@ -27,6 +27,7 @@ def hand_made_answers():
                    offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
                    prompt_lens=np.array([len(prompt) for prompt, _ in sequences], np.int32),
                    logprobs=np.zeros(sum(len(answer) for _, answer in sequences), np.float32),
+                   kept_logprobs=np.zeros(sum(len(answer) for _, answer in sequences), np.float32),
                    prompt_index=np.array([0, 0, 1, 1], np.int32), sample_index=np.array([0, 1, 0, 1], np.int32),
                    truncated=np.array([0, 0, 0, 1], np.uint8))
 
@@ -100,7 +101,7 @@ def test_answers_that_were_not_kept_leave_no_token():
 @pytest.fixture(scope="module")
 def generator():
     ms.set_device("CPU")  # before the first tensor
-    return Generator(Pangu(CONFIG, seed=1), num_slots=4, prompt_len=6, max_new_tokens=8, eos_id=2, pad_id=0)
+    return Generator(Pangu(CONFIG, seed=1), num_slots=4, prompt_len=6, max_new_tokens=8, eos_id=2, pad_id=0, top_k=9)
 
 
 PROMPTS = [np.random.default_rng(0).integers(3, 12, 1 + n % 6).astype(np.int32) for n in range(11)]
@@ -128,17 +129,20 @@ def test_shards_hold_every_prompts_samples_in_order(generator, mindspore_cpu, tm
             assert np.array_equal(part.tokens[part.offsets[n]:][:part.prompt_lens[n]], PROMPTS[prompt])
             assert part.truncated[n] == (answer[-1] != 2) and 2 not in answer[:-1]
             assert len(answer) == 8 or not part.truncated[n]
-            generated[prompt, sample] = answer.tolist(), part.logprobs[starts[n]:starts[n + 1]]
+            own = slice(starts[n], starts[n + 1])
+            generated[prompt, sample] = answer.tolist(), part.logprobs[own], part.kept_logprobs[own]
             ended.add(bool(part.truncated[n]))
     assert ended == {True, False}
     assert len({tuple(generated[0, s][0]) for s in range(3)}) == 3, "samples of a prompt differ"
 
     # Each by itself: the shard it came in and the answers beside it leave no trace.
     for prompt, sample in ((0, 2), (5, 0), (10, 1)):
-        [alone] = generator.generate([PROMPTS[prompt]], lambda i, p=prompt, s=sample: uniforms(3, p, s, 8))
-        tokens, logprobs = generated[prompt, sample]
+        [alone] = generator.generate([PROMPTS[prompt]], [(3, prompt, sample)])
+        tokens, logprobs, kept_logprobs = generated[prompt, sample]
         assert alone.tokens.tolist() == tokens
         np.testing.assert_allclose(alone.logprobs, logprobs, atol=1e-5)  # float32
+        np.testing.assert_allclose(alone.kept_logprobs, kept_logprobs, atol=1e-5)
+        assert (kept_logprobs < 0).all(), "top-k 9 of 12 tokens drops some mass"
 
 
 def test_a_run_that_lost_shards_writes_the_same_bytes_again(generator, mindspore_cpu, tmp_path):

@@ -85,7 +85,7 @@ def generator_for(model, eos_id=CONFIG.eos_id, num_slots=NUM_SLOTS, **options):
 def draw(generator, prompts, numbers=None):
     """generate, prompt i with the random numbers of index numbers[i] (default i)."""
     numbers = range(len(prompts)) if numbers is None else numbers
-    return generator.generate(prompts, lambda i: uniforms(5, numbers[i], 0, MAX_NEW))
+    return generator.generate(prompts, [(5, number, 0) for number in numbers])
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +112,11 @@ def test_greedy_answers_are_those_of_full_forward_passes_also_after_the_weights_
             logits = full_logits(llama, [*prompt, *expected])[len(prompt) - 1:-1]
             logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             np.testing.assert_allclose(answer.logprobs, logprobs[np.arange(len(expected)), expected], atol=ATOL)
+            assert answer.kept_logprobs.shape == answer.logprobs.shape and not answer.kept_logprobs.any()
             lengths.add((len(expected), answer.truncated))
         return lengths
 
-    answers = generator.generate(prompts, lambda i: np.zeros(MAX_NEW, np.float32), finished.__setitem__)
+    answers = generator.generate(prompts, on_answer=finished.__setitem__)
     lengths = check(answers, endless, llama)
     assert len(lengths) >= 4 and {truncated for _, truncated in lengths} == {True, False}
     assert sorted(finished) == list(range(len(prompts)))
@@ -125,7 +126,7 @@ def test_greedy_answers_are_those_of_full_forward_passes_also_after_the_weights_
     try:
         for parameter, array in before.items():
             ops.assign(parameter, Tensor(array + random.normal(0, 0.1, array.shape).astype(np.float32)))
-        answers = generator.generate(prompts, lambda i: np.zeros(MAX_NEW, np.float32))
+        answers = generator.generate(prompts)
         assert [a.tokens.tolist() for a in answers] != [finished[i].tokens.tolist() for i in range(len(prompts))]
         changed = as_llama(model, tmp_path / "changed")
         check(answers, [naive_greedy(changed, prompt) for prompt in prompts], changed)
@@ -143,6 +144,10 @@ def test_sampled_logprobs_are_those_of_the_kept_set_in_a_full_forward_pass(sampl
         expected = [kept_logprobs(row, **SAMPLING)[token] for row, token in zip(logits, answer.tokens, strict=True)]
         assert np.isfinite(expected).all(), "a token outside the kept set"
         np.testing.assert_allclose(answer.logprobs, expected, atol=ATOL)
+        scaled = logits / SAMPLING["temperature"]
+        whole = scaled[np.arange(len(answer.tokens)), answer.tokens] - np.log(np.exp(scaled).sum(-1))
+        np.testing.assert_allclose(answer.logprobs + answer.kept_logprobs, whole, atol=ATOL)
+        assert answer.kept_logprobs.dtype == np.float32 and (answer.kept_logprobs < 0).all()
         logprobs += expected
     assert np.mean(np.array(logprobs) < -0.1) > 0.3, "the case has to leave a choice"
 
@@ -169,6 +174,7 @@ def test_an_answer_does_not_depend_on_its_company_its_order_or_the_number_of_slo
         for answer, i in zip(answers, chosen, strict=True):
             assert answer.tokens.tolist() == together[i].tokens.tolist() and answer.truncated == together[i].truncated
             np.testing.assert_allclose(answer.logprobs, together[i].logprobs, atol=ATOL)
+            np.testing.assert_allclose(answer.kept_logprobs, together[i].kept_logprobs, atol=ATOL)
 
     random = np.random.default_rng(0)
     for chosen in (random.permutation(37), random.permutation(37)[:11], [36], [4, 5]):
@@ -183,6 +189,7 @@ def test_eager_generates_what_the_graph_does(model, sampler):
     for one, other in zip(draw(eager, prompts), draw(sampler, prompts), strict=True):
         assert one.tokens.tolist() == other.tokens.tolist() and one.truncated == other.truncated
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=ATOL)
+        np.testing.assert_allclose(one.kept_logprobs, other.kept_logprobs, atol=ATOL)
 
 
 def test_answers_end_at_eos_and_at_the_limit(sampler):
@@ -197,6 +204,14 @@ def test_answers_end_at_eos_and_at_the_limit(sampler):
 
 def test_no_prompts_give_no_answers(sampler):
     assert draw(sampler, []) == []
+
+
+def test_sampling_without_a_key_for_each_prompt_is_refused(sampler):
+    prompts = ragged_prompts(3)
+    with pytest.raises(ValueError, match=r"keys=None at temperature 0.7: expected a \(seed, prompt_index, sample"):
+        sampler.generate(prompts)
+    with pytest.raises(ValueError, match="2 keys for 3 prompts: expected one for each"):
+        sampler.generate(prompts, [(5, 0, 0), (5, 1, 0)])
 
 
 def test_a_prompt_of_a_wrong_length_is_named(sampler):

@@ -402,8 +402,8 @@ def train(kind, mode):
     gradient_step = make_gradient_step(loss_fn, parameters, 1 + len(metric_names))
     optimizer = AdamW(parameters, TrainConfig(steps=NUM_STEPS, rows_per_step=2, micro_batch_rows=1, lr=LR))
 
-    def training_step(hyperparameters, *batch):
-        loss, metrics, grads = gradient_step(*batch)
+    def training_step(hyperparameters, num_micro_batches, *batch):
+        loss, metrics, grads = gradient_step(num_micro_batches, *batch)
         norm = global_norm(grads)
         scale = 1.0 / (ops.maximum(norm, metrics[0]))
         return ops.depend(loss, optimizer(grads, scale, hyperparameters)) / metrics[0]
@@ -411,8 +411,9 @@ def train(kind, mode):
     step = ms.jit(training_step) if mode == "graph" else training_step
     batches = PackedBatches(training_samples(kind), seq_len=SEQ_LEN, rows_per_step=2, micro_batch_rows=1, pad_id=0,
                             seed=0)
-    return [float(step(optimizer.hyperparameters(i, LR), *map(Tensor, next(batches).arrays())).asnumpy())
-            for i in range(NUM_STEPS)]
+    return [float(step(optimizer.hyperparameters(i, LR), Tensor(batch.num_micro_batches),
+                       *map(Tensor, batch.arrays())).asnumpy())
+            for i, batch in zip(range(NUM_STEPS), batches, strict=False)]
 
 
 @pytest.mark.parametrize(("kind", "dtype", "mode"), [

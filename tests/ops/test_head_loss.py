@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
 
-from mindpangu.ops.head_loss import CrossEntropyHead, TopkKlHead
+from mindpangu.ops.head_loss import CrossEntropyHead, LogprobHead, PolicyHead, TopkKlHead
 from mindpangu.ops.topk_kl import TAILS
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -36,6 +36,63 @@ def case(seed=0, num_positions=11, hidden_size=8, vocab_size=20, k=5):
     weights = random.uniform(0, 2, num_positions).astype(np.float32)
     weights[1::4] = 0
     return hidden, weight, labels, weights, ids, np.log(teacher).astype(np.float32)
+
+
+CLIP_LOW, CLIP_HIGH, KL_FACTOR = 0.8, 1.28, 0.3
+# Log-ratios far from where the loss has corners: log 0.8 = -0.22, log 1.28 = 0.25, and 20.
+LOG_RATIOS = (-25, -18, -2, -0.4, -0.1, 0, 0.1, 0.4, 2, 18, 25)
+
+
+def policy_case(hidden, weight, labels, weights, seed=0):
+    """The targets of PolicyHead: some positions have a weight or a denominator alone, some have no advantage, and the
+    label's log-probabilities lie at all of LOG_RATIOS from the policy's."""
+    random = np.random.default_rng(seed)
+    size = len(hidden)
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
+    logprobs = (logits - np.logaddexp.reduce(logits, -1)[:, None])[np.arange(size), labels]
+    denominators = random.uniform(0.5, 2, size) * (weights != 0)
+    denominators[::5] = 0
+    denominators[1::8] = 1  # also where the weight is 0
+    advantages = random.normal(0, 1, size) * (random.random(size) < 0.8)
+    old, ref = (logprobs - random.choice(LOG_RATIOS, size) * random.uniform(0.9, 1.1, size) for _ in range(2))
+    return labels, weights, *(array.astype(np.float32) for array in (denominators, advantages, old, ref))
+
+
+def expected_policy(hidden, weight, labels, weights, denominators, advantages, old, ref):
+    """As `expected`, of PolicyHead: its gradient is autograd's, not ours."""
+    hidden, weight = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (hidden, weight))
+    w, n, a, old, ref = (torch.tensor(array, dtype=torch.float64) for array in (weights, denominators, advantages, old,
+                                                                                ref))
+    logits = hidden @ weight.T
+    logits.retain_grad()
+    policy = torch.log_softmax(logits, -1)
+    logprobs = policy.gather(1, torch.tensor(labels, dtype=torch.long)[:, None])[:, 0]
+    logprobs.retain_grad()
+    ratio = (logprobs - old).clamp(-20, 20).exp()
+    surrogate = -torch.minimum(ratio * a, ratio.clamp(CLIP_LOW, CLIP_HIGH) * a)
+    to_ref = (ref - logprobs).clamp(-20, 20)
+    kl = to_ref.exp() - to_ref - 1
+    clipped = ((a > 0) & (ratio > CLIP_HIGH) | (a < 0) & (ratio < CLIP_LOW)).double()
+    entropy = -(policy.exp() * policy).sum(-1)
+    loss = (w * (surrogate + KL_FACTOR * kl)).sum()
+    loss.backward()
+    sums = np.array([each.sum().item() for each in (n, w * surrogate, n * kl, n * clipped, n * entropy)])
+    # A log-probability is as uncertain as its logits, whose terms are of the size of a nat or more, and so is the
+    # relative size of an exponential.
+    size = (logits.abs().amax(-1) + 1).detach()
+    kl_size = (to_ref.exp() + to_ref.abs() + 1).detach() * size
+    surrogate_size = (torch.maximum(ratio, ratio.clamp(CLIP_LOW, CLIP_HIGH)) * a).abs().detach() * size
+    terms = w * (surrogate_size + KL_FACTOR * kl_size)
+    scales = [n.sum(), w @ surrogate_size, n @ kl_size, n.sum(), n @ (size * (entropy + 1))]
+    grad = (terms[:, None] * policy.detach().exp()).scatter_add(1, torch.tensor(labels, dtype=torch.long)[:, None],
+                                                                terms[:, None])
+    values = loss.item(), sums, hidden.grad.numpy(), weight.grad.numpy()
+    return values, (terms.sum().item(), np.array([each.item() for each in scales]), (grad @ weight.abs()).max().item(),
+                    (grad.T @ hidden.abs()).max().item())
+
+
+def policy_head(chunk_size, **options):
+    return PolicyHead(chunk_size, CLIP_LOW, CLIP_HIGH, KL_FACTOR, **options)
 
 
 def expected(hidden, weight, labels, weights, ids, logprobs, ce_factor, kl_factor, temperature=1.0, tail="bucket"):
@@ -119,6 +176,116 @@ def test_topk_kl_matches_double_precision_whatever_the_chunks(mode, chunk_size, 
     check(value_and_gradients(head, case(), mode), expected(*case(), *form, tail=tail))
 
 
+@MODES
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+def test_policy_loss_matches_double_precision_whatever_the_chunks(mode, chunk_size):
+    hidden, weight, labels, weights, *_ = case(num_positions=50)
+    targets = policy_case(hidden, weight, labels, weights)
+    _, _, denominators, advantages, old, _ = targets
+    values, scales = expected_policy(hidden, weight, *targets)
+    assert 3 <= values[1][3] and ((weights == 0) & (denominators > 0)).any() and (weights[denominators == 0] > 0).any()
+    assert (advantages == 0).any()
+    check(value_and_gradients(policy_head(chunk_size), (hidden, weight, *targets), mode), (values, scales))
+
+    head = policy_head(chunk_size)
+
+    def loss(hidden, weight, scale, *targets):
+        # Scaled, as hidden states are by a temperature and the loss by the batch's denominator.
+        loss_sum, metrics = head(hidden / 0.5, weight, *targets)
+        return scale * loss_sum, metrics
+
+    ours = value_and_gradients(loss, (hidden / 2, weight, np.float32(-0.7), *targets), mode)
+    value, metrics, d_hidden, d_weight = values
+    check(ours, ((-0.7 * value, metrics, -1.4 * d_hidden, -0.7 * d_weight), (scales[0], scales[1], 2 * scales[2],
+                                                                             scales[3])))
+
+
+@hypothesis_settings
+@given(num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(1, 700),
+       seed=st.integers(0, 99))
+def test_policy_loss_of_any_size_matches_double_precision(num_positions, hidden_size, vocab_size, seed):
+    hidden, weight, labels, weights, *_ = case(seed, num_positions, hidden_size, vocab_size, 1)
+    targets = policy_case(hidden, weight, labels, weights, seed)
+    ours = value_and_gradients(policy_head(32), (hidden, weight, *targets))
+    check(ours, expected_policy(hidden, weight, *targets))
+
+
+@MODES
+def test_the_policy_gradient_is_the_slope_of_the_policy_loss(mode):
+    hidden, weight, labels, weights, *_ = case(num_positions=23, hidden_size=6)
+    targets = policy_case(hidden, weight, labels, weights)
+    kept = np.abs(targets[4]) < 15  # the others' loss is too large beside their neighbours' for float32 differences
+    targets = [array[kept] for array in targets]
+    hidden = hidden[kept]
+    _, _, *gradients = value_and_gradients(policy_head(8), (hidden, weight, *targets), mode)
+    random = np.random.default_rng(0)
+    for place, array in enumerate((hidden, weight)):
+        direction = random.normal(0, 1, array.shape).astype(np.float32)
+        direction /= np.linalg.norm(direction)
+        losses = []
+        for step in (1e-2, -1e-2):
+            moved = [hidden, weight]
+            moved[place] = array + np.float32(step) * direction
+            losses.append(expected_policy(*moved, *targets)[0][0])
+        slope = (losses[0] - losses[1]) / 2e-2
+        np.testing.assert_allclose((gradients[place] * direction).sum(), slope, rtol=1e-3)  # differences: step^2
+
+
+@MODES
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+@pytest.mark.parametrize("num_live", [11, 6, 0])
+def test_label_logprobs_match_double_precision_and_are_zero_without_weight(mode, chunk_size, num_live):
+    hidden, weight, labels, weights, *_ = case()
+    weights[num_live:] = 0  # and every fourth
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
+    labels[::3] = logits.argmax(-1)[::3]
+    logprobs = logits - np.logaddexp.reduce(logits, -1)[:, None]
+    wanted = np.stack([logprobs[np.arange(11), labels], -(np.exp(logprobs) * logprobs).sum(-1),
+                       logits.argmax(-1) == labels]) * (weights != 0)
+    head = LogprobHead(chunk_size)
+
+    def run(*arrays):
+        return head(*arrays)
+
+    ours = [each.asnumpy() for each in (ms.jit(run) if mode == "graph" else run)(*map(Tensor, (hidden, weight, labels,
+                                                                                              weights)))]
+    assert all(each.dtype == np.float32 and each.shape == (11,) for each in ours)
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=RTOL * 5)  # logits of up to 7
+    assert num_live == 0 or 0 < wanted[2].sum() < (weights != 0).sum()
+
+
+@hypothesis_settings
+@given(num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(1, 700),
+       spread=st.sampled_from([0, 0.1, 1, 10]), seed=st.integers(0, 99))
+def test_label_logprobs_of_any_size_match_double_precision(num_positions, hidden_size, vocab_size, spread, seed):
+    hidden, weight, labels, weights, *_ = case(seed, num_positions, hidden_size, vocab_size, 1)
+    weight *= np.float32(spread)
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
+    labels[::2] = logits.argmax(-1)[::2]
+    logprobs = logits - np.logaddexp.reduce(logits, -1)[:, None]
+    ours = [each.asnumpy() for each in LogprobHead(32)(*map(Tensor, (hidden, weight, labels, weights)))]
+    live = weights != 0
+    wanted = np.stack([logprobs[np.arange(num_positions), labels], -(np.exp(logprobs) * logprobs).sum(-1)]) * live
+    scale = np.abs(hidden).astype(np.float64) @ np.abs(weight).T
+    assert (np.abs(ours[:2] - wanted) <= RTOL * (1 + np.log(vocab_size) + scale.max(-1))).all()
+    if vocab_size > 1:
+        second, first = np.sort(logits, -1)[:, -2:].T
+        live &= first - second > RTOL * scale.max(-1)  # closer ones may change places in float32
+    assert (ours[2] == (logits.argmax(-1) == labels))[live].all()
+
+
+def test_log_probabilities_carry_no_gradient():
+    hidden, weight, labels, weights, *_ = case()
+    head = LogprobHead(4)
+
+    def loss(hidden, weight, labels, weights):
+        logprobs, entropies, is_top = head(hidden, weight, labels, weights)
+        return (logprobs + entropies + is_top).sum() + (3 * hidden).sum() + weight.sum(), logprobs
+
+    gradients = value_and_gradients(loss, (hidden, weight, labels, weights))[2:]
+    assert (gradients[0] == 3).all() and (gradients[1] == 1).all()
+
+
 @hypothesis_settings
 @given(data=st.data(), num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(1, 700),
        tail=st.sampled_from(TAILS), temperature=st.sampled_from([0.5, 1.0, 2.0]), seed=st.integers(0, 99))
@@ -155,6 +322,35 @@ def test_bfloat16_matches_double_precision_on_rounded_operands(operands, num_pos
     check(ours, (values, scales), BF16_RTOL)
 
 
+@pytest.mark.parametrize("operands", ["bfloat16 tensors", "bfloat16 products"])
+@hypothesis_settings
+@given(num_positions=st.integers(1, 70), hidden_size=st.integers(1, 70), vocab_size=st.integers(1, 700),
+       seed=st.integers(0, 99))
+def test_policy_and_logprobs_in_bfloat16_match_double_precision_on_rounded_operands(
+        operands, num_positions, hidden_size, vocab_size, seed, kernel, cpu_library):
+    if kernel == "reference":
+        return
+    hidden, weight, labels, weights, *_ = case(seed, num_positions, hidden_size, vocab_size, 1)
+    rounded = [torch.tensor(array).bfloat16().float().numpy() for array in (hidden, weight)]
+    targets = policy_case(*rounded, labels, weights, seed)
+    inputs = [hidden, weight]
+    if operands == "bfloat16 tensors":
+        inputs = [Tensor(array, ms.bfloat16) for array in inputs]
+    cpu_library.pangu_set_bf16_products(int(operands == "bfloat16 products"))
+    try:
+        ours = value_and_gradients(policy_head(32), [*inputs, *targets])
+        logprobs = LogprobHead(32)(*(each if isinstance(each, Tensor) else Tensor(each) for each in inputs),
+                                   Tensor(labels), Tensor(weights))[0].asnumpy()
+    finally:
+        cpu_library.pangu_set_bf16_products(0)
+    values, scales = expected_policy(*rounded, *targets)
+    check(ours[:2] + [0, 0], (values[:2] + (0, 0), scales))
+    check(ours, (values, scales), BF16_RTOL)
+    logits = torch.tensor(rounded[0]).double() @ torch.tensor(rounded[1]).double().T
+    wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(labels).long()[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(logprobs, wanted * (weights != 0), rtol=0, atol=RTOL * (1 + logits.abs().max().item()))
+
+
 def test_bfloat16_keeps_the_relative_precision_of_small_probabilities(kernel, cpu_library):
     if kernel == "reference":
         return
@@ -174,7 +370,9 @@ def test_positions_without_weight_leave_before_the_product(kernel):
     dropped = rest[2] == 0
     if kernel == "native":
         hidden[dropped] = np.nan  # the reference multiplies by zero, which NaN survives
-    for head, inputs in ((TopkKlHead(4, 0.5, 0.5), (hidden, *rest)), (CrossEntropyHead(4), (hidden, *rest[:3]))):
+    policy = rest[1], rest[2], rest[2], *(np.ones(len(hidden), np.float32),) * 3
+    for head, inputs in ((TopkKlHead(4, 0.5, 0.5), (hidden, *rest)), (CrossEntropyHead(4), (hidden, *rest[:3])),
+                         (policy_head(4), (hidden, rest[0], *policy))):
         ours = value_and_gradients(head, inputs)
         assert dropped.any() and all(np.isfinite(each).all() for each in ours)
         assert not ours[2][dropped].any() and ours[2][~dropped].any(-1).all()
@@ -189,7 +387,8 @@ def test_without_targets_loss_metrics_and_gradients_are_zero(mode, num_positions
     inputs = [inputs[0][:num_positions], inputs[1], *(each[:num_positions] for each in inputs[2:])]
     inputs[3] = 0 * inputs[3]
     for _ in range(2):  # twice: memory that happens to be zero would pass once
-        for head, arrays in ((TopkKlHead(4, 0.5, 0.5), inputs), (CrossEntropyHead(4), inputs[:4])):
+        for head, arrays in ((TopkKlHead(4, 0.5, 0.5), inputs), (CrossEntropyHead(4), inputs[:4]),
+                             (policy_head(4), inputs[:4] + [inputs[3], *[inputs[3] + 1] * 3])):
             ours = value_and_gradients(head, arrays, mode)
             assert [each.shape for each in ours[2:]] == [each.shape for each in inputs[:2]]
             assert not any(each.any() for each in ours)
@@ -217,13 +416,21 @@ def test_equal_logits_agree_where_the_teachers_token_is_the_first():
     inputs = (hidden, weight, np.zeros(4, np.int32), np.array([1, 2, 4, 8], np.float32), ids,
               np.full((4, 2), np.log(0.4), np.float32))
     assert value_and_gradients(TopkKlHead(4, 0.5, 0.5), inputs)[1][4] == 1 + 4
+    labels = np.array([0, 650, 600, 3], np.int32)
+    assert LogprobHead(4)(*map(Tensor, (hidden, weight, labels, inputs[3])))[2].asnumpy().tolist() == [1, 0, 1, 0]
+    weight[[0, 599]] = 1  # the largest are 0, 599 and 600, far from each other and near
+    labels = np.array([0, 599, 600, 1], np.int32)
+    inputs = np.ones((4, 4), np.float32), weight, labels, inputs[3]
+    assert LogprobHead(4)(*map(Tensor, inputs))[2].asnumpy().tolist() == [1, 0, 0, 0]
 
 
 @MODES
 def test_without_gradients_the_value_is_the_same_and_training_is_refused(mode):
     inputs = case()
     for head, value, arrays in ((TopkKlHead(4, 0.5, 0.5), TopkKlHead(4, 0.5, 0.5, gradients=False), inputs),
-                                (CrossEntropyHead(4), CrossEntropyHead(4, gradients=False), inputs[:4])):
+                                (CrossEntropyHead(4), CrossEntropyHead(4, gradients=False), inputs[:4]),
+                                (policy_head(4), policy_head(4, gradients=False),
+                                 inputs[:2] + policy_case(*inputs[:4]))):
 
         def run(*arrays, value=value):
             return value(*arrays)
@@ -246,7 +453,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kernel, cpu_library):
         try:
             for num_threads in (1, 2, 3):
                 cpu_library.pangu_set_num_threads(num_threads)
-                results.append(value_and_gradients(TopkKlHead(64, 0.5, 0.5), inputs))
+                results.append(value_and_gradients(TopkKlHead(64, 0.5, 0.5), inputs) +
+                               value_and_gradients(policy_head(64), inputs[:2] + policy_case(*inputs[:4])))
         finally:
             cpu_library.pangu_set_num_threads(2)
             cpu_library.pangu_set_bf16_products(0)
@@ -268,6 +476,13 @@ def test_a_wrong_argument_is_named_by_the_native_kernel(kernel):
         with pytest.raises(RuntimeError, match=f"TopkKlHead on CPU: {message}"):
             loss, _ = TopkKlHead(4, 0.5, 0.5)(*inputs[:place], Tensor(wrong), *inputs[place + 1:])
             loss.asnumpy()
+    inputs = inputs[:2] + list(map(Tensor, policy_case(*case()[:4])))
+    for place, name in enumerate(("weights", "denominators", "advantages", "old_logprobs", "ref_logprobs"), 3):
+        with pytest.raises(RuntimeError, match=rf"PolicyHead on CPU: {name} is \[10\]: expected 11 elements"):
+            loss, _ = policy_head(4)(*inputs[:place], Tensor(np.zeros(10, np.float32)), *inputs[place + 1:])
+            loss.asnumpy()
+    with pytest.raises(RuntimeError, match="LogprobHead on CPU: labels is 20: expected a token from 0 to 19"):
+        LogprobHead(4)(*inputs[:2], Tensor(np.full(11, 20, np.int32)), inputs[3])[0].asnumpy()
 
 
 _MANY_POSITIONS = """

@@ -83,7 +83,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(mindspore_cpu):
     for micro_batch_rows in (8, 4, 2, 1):
         batch = next(_batches(8, micro_batch_rows))
         assert batch.tokens_AT.shape[0] == 8 // micro_batch_rows
-        loss, metrics, grads = step(*map(ms.Tensor, batch.arrays()))
+        loss, metrics, grads = step(ms.Tensor(batch.num_micro_batches), *map(ms.Tensor, batch.arrays()))
         weight = float(metrics.asnumpy()[0])
         results.append((float(loss.asnumpy()) / weight, [grad.asnumpy() / weight for grad in grads]))
     for loss, grads in results[1:]:
@@ -138,6 +138,54 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(mindspore_cpu, tmp_pa
         loop.fit(_batches(), 9)
     for parameter in [*loop.parameters, *loop.optimizer_parameters()]:
         np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name])
+
+
+class _Weighted:
+    """Real batches, of which some have no weight, or are left out: all answers of a policy's batch can be masked."""
+
+    def __init__(self, masked, skip=False):
+        self.batches, self.masked, self.skip = _batches(), masked, skip
+
+    def state_dict(self):
+        return self.batches.state_dict()
+
+    def take_metrics(self):
+        return {"reward": 0.5}
+
+    def __next__(self):
+        batch = next(self.batches)
+        if self.batches.state_dict()["step"] not in self.masked:
+            return batch
+        return next(self) if self.skip else batch._replace(loss_weights_AS=np.zeros_like(batch.loss_weights_AS))
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_a_batch_of_no_weight_has_zero_loss_and_leaves_weights_and_moments_as_they_are(mindspore_cpu, tmp_path, mode):
+    model = _model()
+    loop = _loop(tmp_path, model, mode)
+    batches = _Weighted({2, 4})
+    loop.fit(batches, 1)
+    before = {p.name: p.asnumpy().copy() for p in [*loop.parameters, *loop.optimizer_parameters()]}
+    loop.fit(batches, 2)
+    for parameter in [*loop.parameters, *loop.optimizer_parameters()]:
+        np.testing.assert_array_equal(parameter.asnumpy(), before[parameter.name])
+    loop.fit(batches, 5)
+    rows = [row for row in _rows(tmp_path) if "loss" in row]
+    assert [row["loss"] == row["grad_norm"] == 0 for row in rows] == [False, True, False, True, False]
+    assert (loop.step, loop.num_updates) == (5, 3) and rows[0]["reward"] == 0.5
+
+
+def test_steps_that_teach_nothing_do_not_count_in_adamws_bias_correction(mindspore_cpu, tmp_path):
+    ends = []
+    for skip, num_steps in ((False, 5), (True, 3)):
+        model = _model()
+        loop = _loop(tmp_path / str(skip), model, num_steps=num_steps)
+        for name, value in (("warmup_steps", 0), ("min_lr", loop.train.lr)):  # one rate, whatever the step
+            object.__setattr__(loop.train, name, value)
+        loop.fit(_Weighted({2, 4}, skip), num_steps)
+        ends.append([parameter.asnumpy() for parameter in model.trainable_params()])
+    for left, right in zip(*ends, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_a_heldout_loss_that_is_not_finite_stops_the_run(mindspore_cpu, tmp_path):

@@ -25,6 +25,15 @@ def test_schedule_warms_up_linearly_and_ends_at_min_lr(mindspore_cpu):
     assert rates[4] == pytest.approx(0.01 + 0.045 * (1 + math.cos(math.pi / 4)))
 
 
+def test_schedule_stays_at_min_lr_after_decay_steps(mindspore_cpu):
+    """GRPO's: 1e-6 to 5e-7 within the first 100 steps, constant after (openPangu Embedded-1B, section 4.1.2)."""
+    from mindpangu.runtime.optim import learning_rate
+
+    train = _train(lr=1e-6, min_lr=5e-7, warmup_steps=0, decay_steps=100)
+    rates = [learning_rate(step, 164, train) for step in (0, 50, 100, 101, 163)]
+    assert rates == pytest.approx([1e-6, 7.5e-7, 5e-7, 5e-7, 5e-7])
+
+
 def test_adamw_with_clipping_matches_torch_over_many_steps(kernel):
     import mindspore as ms
     import torch

@@ -229,3 +229,34 @@ def test_the_tool_runs_from_a_checkout_without_mindspore(tmp_path):
     imports = "import sys, mindpangu.tools.report; assert 'mindspore' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", imports], check=True, cwd=tmp_path)
     assert (run / "report.html").is_file()
+
+
+def _completion(prompt, reward, **fields):
+    return {"prompt_index": prompt, "prompt": f"problem {prompt}", "thoughts": None, "answer": f"answer of {reward}",
+            "value": "5", "reward": reward, "parts": {}, "reason": "correct", "advantage": 0.5, "live": True,
+            "truncated": False, "num_tokens": 9} | fields
+
+
+def test_rollouts_show_the_pass_rates_and_of_each_one_a_group_that_differs(tmp_path):
+    folder = _write_run(tmp_path / "grpo", rows=[{"step": 1, "loss": 0.1, "reward": 0.25, "reason/wrong_answer": 3}])
+    (folder / "pass_rates.json").write_text(json.dumps({"samples": 2, "problems": [11, 22, 33], "kept": 22}))
+    equal, differing = [_completion(0, -0.5)] * 2, [_completion(1, -0.5), _completion(1, 1.0, answer=_HOSTILE)]
+    for number, rows in enumerate(([*equal, *differing], equal)):
+        path = folder / f"rollouts/{number:06d}/round-0.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = _page(folder)
+    bars = [(attributes["class"], float(attributes["height"])) for tag, attributes in page.tags if tag == "rect"]
+    assert [css for css, _ in bars] == ["left-out", "kept", "left-out"]
+    assert bars[0][1] * 3 == pytest.approx(bars[2][1], rel=0.01) and "22 of 66 problems kept" in page.text
+    assert "rollout 1: rewards -0.5 1" in page.text and "rollout 2: rewards -0.5 -0.5" in page.text
+    assert _HOSTILE in "".join(page.texts), "shown as text"
+    assert sum(tag == "script" for tag, _ in page.tags) == 1 and not any(tag == "img" for tag, _ in page.tags)
+    assert page.curves()["Judged wrong answer", 0, "train"] == [[1, 3]]
+
+
+def test_broken_pass_rates_are_named(tmp_path):
+    folder = _write_run(tmp_path / "grpo")
+    (folder / "pass_rates.json").write_text(json.dumps({"samples": 2, "problems": [11]}))
+    with pytest.raises(ValueError, match="pass_rates.json: expected samples"):
+        read_run(folder)

@@ -160,7 +160,7 @@ def test_the_compiled_step_sums_loss_metrics_and_gradients_over_micro_batches(mo
     parameters = dict(model.parameters_and_names())
     step = ms.jit(make_gradient_step(make_loss(model, kd, SEQ_LEN, CHUNK), ms.ParameterTuple(parameters.values()),
                                      1 + len(METRICS)))
-    loss, metrics, gradients = step(*map(Tensor, batch.arrays()))
+    loss, metrics, gradients = step(Tensor(batch.num_micro_batches), *map(Tensor, batch.arrays()))
     per_target, expected_loss = expected(llama, kd, samples)
     num_targets = samples.is_target.sum()
     assert relative_error(loss.asnumpy(), expected_loss.item()) < RTOL

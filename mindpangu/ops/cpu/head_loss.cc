@@ -3,7 +3,9 @@
 // bfloat16 where products are: that keeps every probability to 2^-9 of itself, however small, as a rounded logit would
 // not.
 //
-// S supervised positions, D hidden, V vocabulary, C positions of a chunk, k teacher's tokens.
+// S positions, D hidden, V vocabulary, C positions of a chunk, k teacher's tokens.
+#include "head_loss.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -24,23 +26,7 @@ constexpr int64_t kGroup = 256;
 constexpr int64_t kDepth = 512;                        // of D between additions to a group's logits
 constexpr int64_t kChunkBytes = int64_t(212) << 20;    // what a chunk of positions may take
 
-struct Head {
-  Tensor hidden, weight;   // [S, D], [V, D]
-  const int32_t* labels;   // [S]
-  const float* weights;    // [S]
-  int k = 0;
-  const int32_t* teacher_ids = nullptr;      // [S, k]
-  const float* teacher_logprobs = nullptr;   // [S, k]
-  double ce_factor = 1, kl_factor = 0;
-  LossForm form;
-  Tensor d_hidden{}, d_weight{};  // absent: no gradients
-};
-
-struct Sums {
-  double weight = 0, ce = 0, kl = 0, teacher_mass = 0, agreement = 0;
-};
-
-// A logit of a chunk that is needed by itself: slot < k of the teacher's tokens, or the label at slot k.
+// A logit of a chunk that is needed by itself: slot < k of the k tokens, or the label at slot k.
 struct Entry {
   int32_t token, position, slot;
 };
@@ -71,7 +57,11 @@ class Chunk {
       : head_(head), D_(head.hidden.dim(1)), V_(head.weight.dim(0)),
         p_(packing(sizeof(E) == 2)), group_((kGroup + p_.block_m - 1) / p_.block_m * p_.block_m),
         num_groups_((V_ + group_ - 1) / group_), capacity_((capacity + p_.block_n - 1) / p_.block_n * p_.block_n),
-        num_slots_(head.k + 1), has_gradients_(head.d_weight.exists()) {
+        num_slots_(head.k + 1), has_gradients_(head.d_weight.exists()),
+        exponentiate_(has_gradients_ ? head.with_entropy ? &Chunk::exponentiate<true, true>
+                                                         : &Chunk::exponentiate<true, false>
+                      : head.with_entropy ? &Chunk::exponentiate<false, true>
+                                          : &Chunk::exponentiate<false, false>) {
     const uintptr_t bytes = lay_out(0);
     lay_out(reinterpret_cast<uintptr_t>(scratch(kChunk, bytes)));
   }
@@ -80,20 +70,19 @@ class Chunk {
   static int64_t bytes_per_position(const Head& head) {
     const int64_t D = head.hidden.dim(1), V = head.weight.dim(0), groups = V / kGroup + 1;
     const bool gradients = head.d_weight.exists();
-    return int64_t(sizeof(E)) * (2 * D + (gradients ? V : 0)) + 4 * (gradients ? D : 0) + 8 * groups +
-           16 * (head.k + 1);
+    return int64_t(sizeof(E)) * (2 * D + (gradients ? V : 0)) + 4 * (gradients ? D : 0) +
+           (head.with_entropy ? 12 : 8) * groups + 16 * (head.k + 1);
   }
 
-  // Adds the losses of the given positions to the sums, and their gradients to d_weight (or writes that, if `first`)
-  // and d_hidden.
-  void run(const std::vector<int64_t>& positions, bool first, Sums& sums) {
-    positions_ = positions.data();
-    C_ = static_cast<int64_t>(positions.size());
+  // Finishes the given positions; adds their gradients to d_weight (or writes that, if `first`) and d_hidden.
+  void run(const int64_t* positions, int64_t count, bool first) {
+    positions_ = positions;
+    C_ = count;
     width_ = (C_ + kLanes - 1) / kLanes * kLanes;
     list_entries();
     gather_hidden();
     parallel_for(num_groups_, [&](int64_t group) { compute_logits(group); });
-    finish_positions(sums);
+    finish_positions();
     if (!has_gradients_) return;
     parallel_for(num_groups_, [&](int64_t group) { finish_gradient(group); });
     multiply_gradients(first);
@@ -111,6 +100,7 @@ class Chunk {
     place(packed_hidden_, capacity_ / p_.block_n * p_.b_bytes(D_));
     place(max_, num_groups_ * capacity_);
     place(sum_, num_groups_ * capacity_);
+    if (head_.with_entropy) place(weighted_, num_groups_ * capacity_);
     place(picked_, capacity_ * num_slots_);
     place(beaten_, capacity_);
     if (has_gradients_) {
@@ -127,7 +117,7 @@ class Chunk {
       for (int64_t c = 0; c < C_; c++) {
         for (int slot = 0; slot < num_slots_; slot++) {
           const int64_t at = positions_[c];
-          const int32_t token = slot < head_.k ? head_.teacher_ids[at * head_.k + slot] : head_.labels[at];
+          const int32_t token = slot < head_.k ? head_.ids[at * head_.k + slot] : head_.labels[at];
           int64_t& start = group_starts_[token / group_ + (pass == 0)];
           if (pass == 1) entries_[start] = {token, static_cast<int32_t>(c), slot};
           start++;
@@ -193,7 +183,7 @@ class Chunk {
       pick(tile, entry, end, first, tokens, begin);
       entry = end;
       for (int64_t lane = 0; lane < width && begin + lane < width_; lane += kLanes)
-        exponentiate(tile + lane, tokens, group * width_ + begin + lane, first * width_ + begin + lane);
+        (this->*exponentiate_)(tile + lane, tokens, group * width_ + begin + lane, first * width_ + begin + lane);
     }
   }
 
@@ -204,7 +194,7 @@ class Chunk {
       const float* column = tile + e->position - first_position;
       const float logit = column[(e->token - first) * width];
       picked_[e->position * num_slots_ + e->slot] = logit;
-      if (e->slot == 0 && head_.k > 0) {  // the first of equals is the largest
+      if (e->slot == 0 && head_.with_top) {  // the first of equals is the largest
         bool beaten = false;
         for (int64_t t = 0; t < tokens; t++)
           beaten |= first + t < e->token ? column[t * width] >= logit : column[t * width] > logit;
@@ -215,46 +205,50 @@ class Chunk {
       if (e->slot < head_.k) tile[(e->token - first) * width + e->position - first_position] = -INFINITY;
   }
 
-  // kLanes columns of a tile: their maximum and sum of exponentials, which are stored where gradients are wanted.
+  // kLanes columns of a tile: their maximum and sum of exponentials, which are stored where gradients are wanted; for
+  // the entropy, the sum of exp(x) x too, where x is the logit less the maximum.
+  template <bool kGradients, bool kEntropy>
   void exponentiate(const float* tile, int64_t tokens, int64_t at, int64_t logits_at) {
     const int64_t width = p_.block_n;
-    vf max = splat(-3e38f), sum = vf{};  // finite: -inf minus it is -inf
+    vf max = splat(-3e38f), sum = vf{}, weighted = vf{};  // max is finite: -inf minus it is -inf
     for (int64_t t = 0; t < tokens; t++) max = vmax(load(tile + t * width), max);
-    if (has_gradients_) {
-      E* out = logits_ + logits_at;
-      for (int64_t t = 0; t < tokens; t++) {
-        vf e = vexp(load(tile + t * width) - max);
-        sum += e;
-        store(out + t * width_, e);
-      }
-    } else {
-      for (int64_t t = 0; t < tokens; t++) sum += vexp(load(tile + t * width) - max);
+    for (int64_t t = 0; t < tokens; t++) {
+      vf x = load(tile + t * width) - max, e = vexp(x);
+      sum += e;
+      if constexpr (kEntropy) weighted += e * x;
+      if constexpr (kGradients) store(logits_ + logits_at + t * width_, e);
     }
     store(max_ + at, max);
     store(sum_ + at, sum);
+    if constexpr (kEntropy) store(weighted_ + at, weighted);
   }
 
-  // Losses; picked_ becomes the entries' gradients and max_ what the group's exponentials are multiplied by.
-  void finish_positions(Sums& sums) {
-    std::vector<PositionLoss> losses(C_);
-    std::vector<uint8_t> agrees(C_);
+  // picked_ becomes the entries' gradients and max_ what the group's exponentials are multiplied by.
+  void finish_positions() {
     parallel_for(width_ / kLanes, [&](int64_t block) {
       const int64_t begin = block * kLanes;
       vf top = splat(-3e38f);
       for (int64_t g = 0; g < num_groups_; g++) top = vmax(load(max_ + g * width_ + begin), top);
-      double total[kLanes] = {};
+      double total[kLanes] = {}, weighted[kLanes] = {};
       for (int64_t g = 0; g < num_groups_; g++) {
+        const int64_t at = g * width_ + begin;
+        const vf shift = load(max_ + at) - top, factor = vexp(shift);
         float part[kLanes];
-        store(part, load(sum_ + g * width_ + begin) * vexp(load(max_ + g * width_ + begin) - top));
+        store(part, load(sum_ + at) * factor);
         for (int i = 0; i < kLanes; i++) total[i] += part[i];
+        if (!head_.with_entropy) continue;
+        store(part, (load(weighted_ + at) + load(sum_ + at) * shift) * factor);
+        for (int i = 0; i < kLanes; i++) weighted[i] += part[i];
       }
       float scale[kLanes] = {};
       for (int i = 0; i < kLanes && begin + i < C_; i++) {
         const int64_t c = begin + i;
-        agrees[c] = head_.k > 0 && is_largest(c);
-        const double rest_lse = total[i] > 0 ? top[i] + std::log(total[i]) : total[i] == 0 ? -INFINITY : NAN;
-        losses[c] = finish_position(c, rest_lse);
-        if (total[i] != 0) scale[i] = static_cast<float>(losses[c].rest_grad / total[i]);
+        LogitSums sums{};
+        sums.rest_lse = total[i] > 0 ? top[i] + std::log(total[i]) : total[i] == 0 ? -INFINITY : NAN;
+        if (head_.with_entropy) sums.entropy = std::log(total[i]) - weighted[i] / total[i];
+        if (head_.with_top) sums.is_top = is_largest(c);
+        const double rest_grad = head_.finish(positions_[c], sums, picked_ + c * num_slots_);
+        if (total[i] != 0) scale[i] = static_cast<float>(rest_grad / total[i]);
       }
       if (!has_gradients_) return;
       const vf factor = load(scale);
@@ -263,20 +257,12 @@ class Chunk {
         store(max, vexp(load(max) - top) * factor);
       }
     });
-    for (int64_t c = 0; c < C_; c++) {
-      const double weight = head_.weights[positions_[c]];
-      sums.weight += weight;
-      sums.ce += weight * losses[c].ce;
-      sums.kl += weight * losses[c].kl;
-      sums.teacher_mass += weight * losses[c].teacher_mass;
-      sums.agreement += weight * agrees[c];
-    }
   }
 
-  // Whether the teacher's first token has the student's largest logit; the first of equals counts.
+  // Whether the first picked token (of the k; of none, the label) has the largest logit; the first of equals counts.
   bool is_largest(int64_t c) const {
     const float* picked = picked_ + c * num_slots_;
-    const int32_t* ids = head_.teacher_ids + positions_[c] * head_.k;
+    const int32_t* ids = head_.k > 0 ? head_.ids + positions_[c] * head_.k : head_.labels + positions_[c];
     if (beaten_[c]) return false;
     for (int i = 1; i < head_.k; i++)
       if (ids[i] < ids[0] ? picked[i] >= picked[0] : picked[i] > picked[0]) return false;
@@ -286,20 +272,6 @@ class Chunk {
       if (g < own ? max >= picked[0] : g > own && max > picked[0]) return false;
     }
     return true;
-  }
-
-  PositionLoss finish_position(int64_t c, double rest_lse) {
-    const int64_t at = positions_[c];
-    const double weight = head_.weights[at];
-    float* picked = picked_ + c * num_slots_;
-    Position position{head_.k, head_.teacher_logprobs + at * head_.k, picked, picked[head_.k], -1, rest_lse,
-                      head_.k < V_, weight * head_.ce_factor, weight * head_.kl_factor};
-    for (int i = 0; i < head_.k; i++)
-      if (head_.teacher_ids[at * head_.k + i] == head_.labels[at]) position.label_slot = i;
-    // In place: position_loss reads a logit for the last time when it writes that gradient.
-    const PositionLoss loss = position_loss(head_.form, position, picked);
-    picked[head_.k] = static_cast<float>(loss.label_grad);
-    return loss;
   }
 
   void finish_gradient(int64_t group) {
@@ -358,15 +330,16 @@ class Chunk {
   const int64_t group_, num_groups_, capacity_;
   const int num_slots_;
   const bool has_gradients_;
+  void (Chunk::*const exponentiate_)(const float*, int64_t, int64_t, int64_t);
   const int64_t* positions_ = nullptr;
   int64_t C_ = 0, width_ = 0;  // positions, and the same up to whole vectors
   // In memory that the thread keeps: touching new pages took a tenth of a small model's step.
   E *hidden_, *logits_;  // [C, D]; [V, width]: exponentials, then gradients
   char* packed_hidden_;
-  float *max_, *sum_;    // [groups, width]
+  float *max_, *sum_, *weighted_;  // [groups, width]
   float* picked_;       // [C, k + 1]
   float* d_hidden_;     // [C, D]
-  uint8_t* beaten_;     // [C]: a token of the same group is larger than the teacher's first
+  uint8_t* beaten_;     // [C]: a token of the same group is larger than the first picked one
   std::vector<Entry> entries_;
   std::vector<int64_t> group_starts_;
 };
@@ -378,33 +351,38 @@ void fill_zero(const Tensor& x) {
 }
 
 template <typename E>
-Sums run_head(const Head& head) {
-  std::vector<int64_t> positions;  // those of weight zero leave before any product
-  for (int64_t s = 0; s < head.hidden.dim(0); s++)
-    if (head.weights[s] != 0) positions.push_back(s);
-  const int64_t count = static_cast<int64_t>(positions.size());
+void run_in_chunks(const Head& head) {
+  const int64_t count = static_cast<int64_t>(head.positions.size());
   if (head.d_hidden.exists() && count < head.hidden.dim(0)) fill_zero(head.d_hidden);
-  Sums sums;
   if (count == 0) {
     if (head.d_weight.exists()) fill_zero(head.d_weight);
-    return sums;
+    return;
   }
   const int64_t most = std::max<int64_t>(1, kChunkBytes / Chunk<E>::bytes_per_position(head));
   const int64_t num_chunks = (count + most - 1) / most;
   Chunk<E> chunk(head, (count + num_chunks - 1) / num_chunks);
-  for (int64_t i = 0; i < num_chunks; i++)
-    chunk.run({positions.begin() + i * count / num_chunks, positions.begin() + (i + 1) * count / num_chunks}, i == 0,
-              sums);
-  return sums;
+  for (int64_t i = 0; i < num_chunks; i++) {
+    const int64_t begin = i * count / num_chunks;
+    chunk.run(head.positions.data() + begin, (i + 1) * count / num_chunks - begin, i == 0);
+  }
 }
 
-void expect_size(const Call& call, int tensor, const char* argument, int64_t size, DType dtype) {
-  expect_dtype(call, tensor, argument, dtype);
-  expect(call[tensor].size() == size, call, argument, shape_of(call[tensor]), std::to_string(size) + " elements");
+}  // namespace
+
+void run_head(const Head& head) {
+  const bool rounds = bf16_products() || head.hidden.dtype == DType::bf16 || head.weight.dtype == DType::bf16;
+  if (rounds) {
+    run_in_chunks<bf16>(head);
+  } else {
+    run_in_chunks<float>(head);
+  }
 }
 
-Head checked(const Call& call) {
-  Head head{call[0], call[1], call[2].as<int32_t>(), call[3].as<float>()};
+Head head_of(const Call& call) {
+  Head head;
+  head.hidden = call[0];
+  head.weight = call[1];
+  head.labels = call[2].as<int32_t>();
   expect_float(call, 0, "hidden");
   expect_float(call, 1, "weight");
   expect(head.hidden.rank == 2, call, "hidden", shape_of(head.hidden), "[positions, hidden]");
@@ -412,23 +390,59 @@ Head checked(const Call& call) {
          "[vocabulary, " + std::to_string(head.hidden.dim(1)) + "]");
   expect_size(call, 2, "labels", head.hidden.dim(0), DType::i32);
   expect_ids(call, 2, "labels", head.weight.dim(0));
-  expect_size(call, 3, "weights", head.hidden.dim(0), DType::f32);
   return head;
 }
 
-Sums run(const Head& head) {
-  const bool rounds = bf16_products() || head.hidden.dtype == DType::bf16 || head.weight.dtype == DType::bf16;
-  return rounds ? run_head<bf16>(head) : run_head<float>(head);
+namespace {
+
+struct Sums {
+  double weight = 0, ce = 0, kl = 0, teacher_mass = 0, agreement = 0;
+};
+
+// Cross-entropy and KL to a teacher, of the positions whose weight (tensor 3) is not zero.
+Sums run_losses(const Call& call, Head& head, const LossForm& form, const float* teacher_logprobs, double ce_factor,
+                double kl_factor) {
+  const int64_t S = head.hidden.dim(0), k = head.k;
+  expect_size(call, 3, "weights", S, DType::f32);
+  const float* weights = call[3].as<float>();
+  for (int64_t s = 0; s < S; s++)
+    if (weights[s] != 0) head.positions.push_back(s);
+  std::vector<PositionLoss> losses(S);
+  std::vector<uint8_t> agrees(S);
+  head.with_top = k > 0;
+  head.finish = [&](int64_t s, const LogitSums& sums, float* picked) {
+    const double weight = weights[s];
+    Position position{head.k, teacher_logprobs + s * k, picked, picked[k], -1, sums.rest_lse, k < head.weight.dim(0),
+                      weight * ce_factor, weight * kl_factor};
+    for (int i = 0; i < k; i++)
+      if (head.ids[s * k + i] == head.labels[s]) position.label_slot = i;
+    // In place: position_loss reads a logit for the last time when it writes that gradient.
+    losses[s] = position_loss(form, position, picked);
+    picked[k] = static_cast<float>(losses[s].label_grad);
+    agrees[s] = sums.is_top;
+    return losses[s].rest_grad;
+  };
+  run_head(head);
+  Sums sums;
+  for (int64_t s : head.positions) {
+    const double weight = weights[s];
+    sums.weight += weight;
+    sums.ce += weight * losses[s].ce;
+    sums.kl += weight * losses[s].kl;
+    sums.teacher_mass += weight * losses[s].teacher_mass;
+    sums.agreement += weight * agrees[s];
+  }
+  return sums;
 }
 
 // hidden [S, D], weight [V, D], labels [S], weights [S] -> loss [1], metrics [1][, d_hidden [S, D], d_weight [V, D]]
 void cross_entropy_head(const Call& call, bool gradients) {
-  Head head = checked(call);
+  Head head = head_of(call);
   if (gradients) {
     head.d_hidden = call[6];
     head.d_weight = call[7];
   }
-  const Sums sums = run(head);
+  const Sums sums = run_losses(call, head, {}, nullptr, 1, 0);
   *call[4].as<float>() = static_cast<float>(sums.ce);
   *call[5].as<float>() = static_cast<float>(sums.weight);
 }
@@ -436,7 +450,7 @@ void cross_entropy_head(const Call& call, bool gradients) {
 // hidden, weight, labels, weights, teacher_ids [S, k], teacher_logprobs [S, k], form [4] = temperature, tail, factors
 // of cross-entropy and KL -> loss [1], metrics [5][, d_hidden, d_weight]
 void topk_kl_head(const Call& call, bool gradients) {
-  Head head = checked(call);
+  Head head = head_of(call);
   const Tensor ids = call[4];
   const int64_t S = head.hidden.dim(0), V = head.weight.dim(0);
   expect(ids.rank == 2 && ids.dim(1) > 0 && ids.dim(1) <= V, call, "teacher_ids", shape_of(ids),
@@ -446,19 +460,16 @@ void topk_kl_head(const Call& call, bool gradients) {
   expect_ids(call, 4, "teacher_ids", V);
   expect_size(call, 5, "teacher_logprobs", S * head.k, DType::f32);
   expect_size(call, 6, "form", 4, DType::f32);
-  head.teacher_ids = ids.as<int32_t>();
-  head.teacher_logprobs = call[5].as<float>();
-  head.form = loss_form(call, 6);
-  head.ce_factor = call[6].as<float>()[2];
-  head.kl_factor = call[6].as<float>()[3];
+  head.ids = ids.as<int32_t>();
   if (gradients) {
     head.d_hidden = call[9];
     head.d_weight = call[10];
   }
-  const Sums sums = run(head);
+  const double ce_factor = call[6].as<float>()[2], kl_factor = call[6].as<float>()[3];
+  const Sums sums = run_losses(call, head, loss_form(call, 6), call[5].as<float>(), ce_factor, kl_factor);
   double loss = 0;
-  if (head.ce_factor != 0) loss += head.ce_factor * sums.ce;
-  if (head.kl_factor != 0) loss += head.kl_factor * sums.kl;
+  if (ce_factor != 0) loss += ce_factor * sums.ce;
+  if (kl_factor != 0) loss += kl_factor * sums.kl;
   *call[7].as<float>() = static_cast<float>(loss);
   float* metrics = call[8].as<float>();
   for (double sum : {sums.weight, sums.ce, sums.kl, sums.teacher_mass, sums.agreement})

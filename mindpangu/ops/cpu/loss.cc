@@ -17,6 +17,11 @@ LossForm loss_form(const Call& call, int tensor) {
   return {form[0], static_cast<Tail>(static_cast<int>(form[1]))};
 }
 
+void expect_size(const Call& call, int tensor, const char* argument, int64_t size, DType dtype) {
+  expect_dtype(call, tensor, argument, dtype);
+  expect(call[tensor].size() == size, call, argument, shape_of(call[tensor]), std::to_string(size) + " elements");
+}
+
 void expect_ids(const Call& call, int tensor, const char* argument, int64_t vocab_size) {
   expect_dtype(call, tensor, argument, DType::i32);
   const int32_t* ids = call[tensor].as<int32_t>();
@@ -221,11 +226,6 @@ void run_rows(const Call& call, const Rows& rows, int gradient) {
   } else {
     loss_of_rows(rows, call[0].as<float>(), call[gradient].as<float>());
   }
-}
-
-void expect_size(const Call& call, int tensor, const char* argument, int64_t size, DType dtype) {
-  expect_dtype(call, tensor, argument, dtype);
-  expect(call[tensor].size() == size, call, argument, shape_of(call[tensor]), std::to_string(size) + " elements");
 }
 
 // logits [N, V], labels [N], weights [N] -> ce [N], dlogits [N, V]

@@ -38,6 +38,8 @@ struct PositionLoss {
 // Writes the gradients of the k logits to top_grads, without the label's.
 PositionLoss position_loss(const LossForm& form, const Position& position, float* top_grads);
 
+// Raises Error unless the tensor has that many elements of that dtype.
+void expect_size(const Call& call, int tensor, const char* argument, int64_t size, DType dtype);
 // Raises Error unless all ids lie in [0, vocab_size).
 void expect_ids(const Call& call, int tensor, const char* argument, int64_t vocab_size);
 

@@ -15,6 +15,7 @@ constexpr int64_t kBlock = 256;  // tokens whose probabilities are summed in flo
 struct Drawn {
   int32_t token;
   float logprob;
+  float kept_logprob = 0;  // of the kept tokens' mass among all
 };
 
 float largest(const float* x, int64_t count) {
@@ -39,6 +40,13 @@ float sum_of_exponentials(const float* x, int64_t count, float top, float scale)
     sum += load(lanes);
   }
   return reduce_sum(sum);
+}
+
+double sum_of_all(const float* x, int64_t vocab, float top, float scale) {
+  double total = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock)
+    total += sum_of_exponentials(x + begin, std::min(kBlock, vocab - begin), top, scale);
+  return total;
 }
 
 Drawn from_all(const float* x, int64_t vocab, float uniform, float scale) {
@@ -94,22 +102,25 @@ Drawn from_kept(const float* x, int64_t vocab, float uniform, float scale, int64
   double before = 0;
   size_t i = 0;
   while (i + 1 < kept.size() && before + masses[i] <= target) before += masses[i++];
-  return {kept[i], static_cast<float>(std::log(masses[i] / total))};
+  Drawn drawn{kept[i], static_cast<float>(std::log(masses[i] / total))};
+  if (static_cast<int64_t>(kept.size()) < vocab) {
+    const double all = num_kept < vocab ? sum_of_all(x, vocab, top, scale) : mass_of_candidates;
+    drawn.kept_logprob = static_cast<float>(std::min(0.0, std::log(total / all)));  // rounding may leave all < total
+  }
+  return drawn;
 }
 
 Drawn most_likely(const float* x, int64_t vocab) {
   const float top = largest(x, vocab);
   int64_t token = 0;
   while (token + 1 < vocab && x[token] != top) token++;
-  double total = 0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock)
-    total += sum_of_exponentials(x + begin, std::min(kBlock, vocab - begin), top, 1);
-  return {static_cast<int32_t>(token), static_cast<float>(-std::log(total))};
+  return {static_cast<int32_t>(token), static_cast<float>(-std::log(sum_of_all(x, vocab, top, 1)))};
 }
 
 }  // namespace
 
-// logits [B, V], uniforms [B], settings [temperature, top_k, top_p] -> tokens [B] int32, log-probabilities [B] float32
+// logits [B, V], uniforms [B], settings [temperature, top_k, top_p] -> tokens [B] int32, their log-probabilities [B] and
+// that of the kept set [B], float32
 PANGU_FUNCTION(Sample) {
   const Tensor logits = call[0];
   for (int i = 0; i < 3; i++) expect_dtype(call, i, i == 0 ? "logits" : i == 1 ? "uniforms" : "settings", DType::f32);
@@ -130,6 +141,7 @@ PANGU_FUNCTION(Sample) {
     }
     call[3].as<int32_t>()[row] = drawn.token;
     call[4].as<float>()[row] = drawn.logprob;
+    call[5].as<float>()[row] = drawn.kept_logprob;
   });
 }
 
