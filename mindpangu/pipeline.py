@@ -45,7 +45,7 @@ from .runtime.checkpoint import lock_folder, newest_checkpoint, write_atomic
 from .runtime.device import activation_dtype, describe_environment, start
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TOKENIZER_EXAMPLES = 8000  # enough text for a vocabulary of thousands of pieces
 
 # Overrides that what a recipe stands on takes over, so that one command line speaks for the whole pipeline: groups,

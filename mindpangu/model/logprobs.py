@@ -31,7 +31,7 @@ class LogprobScorer:
             if temperature != 1.0:
                 hidden = hidden / temperature
             # As it is stored: the weight of a frozen bfloat16 model is not copied to float32 at every call.
-            return head(hidden, model._stored_head_weight(), labels_S, weights_S)
+            return head(hidden, model.stored_head_weight(), labels_S, weights_S)
 
         self._score_rows = ms.jit(score_rows) if mode == "graph" else score_rows
 

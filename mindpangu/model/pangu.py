@@ -108,9 +108,10 @@ class Pangu(nn.Cell):
 
     def head_weight(self):
         """The output projection [V, D], in the activations' dtype."""
-        return ops.cast(self._stored_head_weight(), self.dtype)
+        return ops.cast(self.stored_head_weight(), self.dtype)
 
-    def _stored_head_weight(self):
+    def stored_head_weight(self):
+        """The output projection [V, D] as it is stored: float32, or bfloat16 of a frozen model."""
         return self.embedding if self.lm_head is None else self.lm_head
 
     def embed(self, tokens_T):
@@ -147,4 +148,4 @@ class Pangu(nn.Cell):
         return self.logits(self.final_norm(h))
 
     def logits(self, hidden_TD):
-        return linear(hidden_TD, self._stored_head_weight())
+        return linear(hidden_TD, self.stored_head_weight())
