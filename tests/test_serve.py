@@ -58,7 +58,7 @@ def running(folder, *options):
     command = [sys.executable, "-m", "mindpangu.serve", folder, "--port", 0, *options]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True) as process:
-        lines = []
+        lines, readers = [], []
         try:
             for line in process.stdout:
                 lines.append(line)
@@ -66,12 +66,13 @@ def running(folder, *options):
                     break
             else:
                 raise AssertionError("".join(lines))
-            reader = threading.Thread(target=lambda: lines.extend(process.stdout))
-            reader.start()
+            readers.append(threading.Thread(target=lambda: lines.extend(process.stdout)))
+            readers[0].start()
             yield Server(url[1], process)
         finally:
             process.kill()
-    reader.join()
+            for reader in readers:
+                reader.join()
     assert "Traceback" not in "".join(lines)
 
 

@@ -104,7 +104,7 @@ def test_an_answer_is_scored_by_the_code_in_it(verifier):
     ("x = 'ab' * 10**9\nx = x.encode() * 2", "memory", 1),
     ("while True: pass", "timeout", 1),
     ("import time; time.sleep(100)", "timeout", 1),
-    ("import threading\nt = threading.Thread(target=lambda: [0 for _ in iter(int, 1)])\nt.start()\nt.join()",
+    ("import threading\ndef spin():\n    while True: pass\nt = threading.Thread(target=spin)\nt.start()\nt.join()",
      "timeout", 1),
     ("while True: print('x' * 10**6)", "output_limit", 1),
     ("def add(a, b): return a + c", "runtime_error", 2),
