@@ -1,7 +1,9 @@
 """Shared fixtures: MindSpore on CPU, random models, transformers as the oracle, a run of the whole recipe."""
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +103,22 @@ def smoke(tmp_path_factory):
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def running_judge():
+    """The context manager of rewards/judge_server.py: a judge in a process of its own, behind HTTP."""
+    return runpy.run_path(str(Path(__file__).parent / "rewards" / "judge_server.py"))["running_judge"]
+
+
+@pytest.fixture(scope="session")
+def judge_process(running_judge):
+    with running_judge() as judge:
+        yield judge
+
+
+@pytest.fixture
+def judge_server(judge_process):
+    """A judge in its first state: no faults, an empty log."""
+    judge_process.set()
+    return judge_process

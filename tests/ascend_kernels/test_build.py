@@ -302,7 +302,7 @@ def test_the_builders_arguments_are_those_that_it_parses_and_its_failure_is_show
     ([], {"ASCEND_CUSTOM_OPP_PATH": "/opp/vendors/others"}, ["nowhere to install", ".../vendors/pangu"]),
     ([], {"ASCEND_OPP_PATH": "/gone/opp"}, ["nowhere to install", "ASCEND_OPP_PATH (/gone/opp)"]),
     (["--install", "{file}/opp"], {}, ["--install: cannot make", "Not a directory"]),
-    (["--install", "/tmp/with space"], {}, ["/tmp/with space", "allows only letters", "--install"]),
+    (["--install", "{folder}/with space"], {}, ["/opp/with space", "allows only letters", "--install"]),
     (["--output", "{file}/out", "--install", "{folder}"], {}, ["--output: cannot make"]),
 ])
 def test_a_folder_that_cannot_be_used_is_named(tmp_path, cann, arguments, variables, words):

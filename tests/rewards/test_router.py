@@ -1,8 +1,6 @@
 """From answers to rewards: the papers' values, partial credit, penalties, and what no answer can break."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +8,6 @@ from mindpangu.config import CodeRewardConfig, JudgeConfig, RewardsConfig
 from mindpangu.data.documents import Example, Message, task_type
 from mindpangu.rewards.router import Rewards
 from mindpangu.rewards.score import Response
-
-running_judge = runpy.run_path(str(Path(__file__).with_name("judge_server.py")))["running_judge"]
 
 
 def problem(prompt="What is 6 * 7?", **fields):
@@ -89,7 +85,7 @@ def test_penalties_are_weighted_and_zero_by_default():
         assert bad.value == pytest.approx(-1.1) and bad.parts["wrong_format"] == 1.0
 
 
-def test_open_ended_prompts_are_judged_over_http_and_the_replies_kept(tmp_path):
+def test_open_ended_prompts_are_judged_over_http_and_the_replies_kept(running_judge, tmp_path):
     with running_judge() as judge:
         config = RewardsConfig(judge=JudgeConfig(url=judge.url, num_parallel=2))
         with Rewards(config, 100, tmp_path / "cache") as rewards:
@@ -103,7 +99,7 @@ def test_open_ended_prompts_are_judged_over_http_and_the_replies_kept(tmp_path):
             assert judge.log() == []
 
 
-def test_a_judge_that_cannot_be_reached_gives_equal_rewards(tmp_path):
+def test_a_judge_that_cannot_be_reached_gives_equal_rewards(running_judge):
     with running_judge() as judge:
         url = judge.url
     with Rewards(RewardsConfig(judge=JudgeConfig(url=url, max_retries=0, timeout_s=1.0)), 100) as rewards:
