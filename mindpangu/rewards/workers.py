@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import resource
+import select
 import signal
 import socket
 import struct
@@ -24,8 +25,8 @@ _LENGTH = struct.Struct("!I")
 # Importing what the function needs may take long on a busy machine; it is not part of any call.
 _START_TIMEOUT_S = 120.0
 # The worker searches the parent's path and no other, so that both import the same files.
-_PROGRAM = ("import sys; function, memory_bytes = sys.argv[1:3]; sys.path[:] = sys.argv[3:]; "
-            "from mindpangu.rewards.workers import serve; serve(function, int(memory_bytes))")
+_PROGRAM = ("import sys; function, memory_bytes, lifeline = sys.argv[1:4]; sys.path[:] = sys.argv[4:]; "
+            "from mindpangu.rewards.workers import serve; serve(function, int(memory_bytes), int(lifeline))")
 
 
 class WorkerDied(RuntimeError):
@@ -98,20 +99,29 @@ class WorkerPool:
 
     def _end(self, worker):
         worker.kill()
-        worker.connection.close()
+        worker.close()
         with self._lock:
             self._workers.discard(worker)
 
 
 class _Worker:
-    """One process, and the parent's end of the socket that is its standard input."""
+    """One process, the parent's end of the socket that is its standard input, and the parent's end of its lifeline."""
 
     def __init__(self, function, memory_bytes):
         self.connection, childs_end = socket.socketpair()
-        with childs_end:
+        # Nothing is ever written to it. An end that never leaves this process closes when this process ends.
+        lifeline, self._lifeline = os.pipe()
+        try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, function, str(memory_bytes), *sys.path], stdin=childs_end,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                [sys.executable, "-c", _PROGRAM, function, str(memory_bytes), str(lifeline), *sys.path],
+                stdin=childs_end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[lifeline],
+                start_new_session=True)
+        except OSError:
+            self.close()
+            raise
+        finally:
+            childs_end.close()
+            os.close(lifeline)
         self._is_ready = False
 
     def call(self, arguments, timeout_s):
@@ -130,6 +140,10 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def close(self):
+        self.connection.close()
+        os.close(self._lifeline)
+
     def _wait_for_answer(self, timeout_s, request=None):
         deadline = time.monotonic() + timeout_s
         try:
@@ -143,25 +157,24 @@ class _Worker:
             raise WorkerDied(f"the worker ended with code {self.process.wait()}.") from None
 
 
-def serve(function, memory_bytes):
-    """What a worker does: say that it is ready, then answer requests until the parent closes the socket."""
+def serve(function, memory_bytes, lifeline):
+    """What a worker does: say that it is ready, then answer requests until the parent ends."""
+    _end_with(lifeline)
     connection = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)  # what the function reads is not the socket
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
     answer = {"result": None}
     with contextlib.suppress(ConnectionError, EOFError):
         call = _import(function)
         while True:
             _send(connection, answer)
             arguments = _receive(connection)
-            with _ending_with(connection):
-                try:
-                    answer = {"result": call(*arguments)}
-                except Exception as error:
-                    answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            try:
+                answer = {"result": call(*arguments)}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _import(function):
@@ -177,22 +190,20 @@ def _import(function):
     return fail
 
 
-@contextlib.contextmanager
-def _ending_with(connection):
-    """Inside, the kernel ends this process (by SIGIO) as soon as the parent's end of the socket closes.
+def _end_with(lifeline):
+    """Have the kernel end this process, by SIGIO, as soon as the pipe's other end closes: when the parent ends.
 
     The function may hold the interpreter's lock for hours, so that nothing in Python would notice, and PR_SET_PDEATHSIG
-    fires already when the thread that started this process ends. Nothing else raises SIGIO: the parent is silent until
-    it has its answer.
+    fires already when the thread that started this process ends. The socket wouldn't do: its signal for a request that
+    has come may still be under way when the request has been read.
     """
-    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
-    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     # An end that closed before gives no signal any more.
-    with contextlib.suppress(BlockingIOError):
-        if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            raise EOFError
-    yield
-    fcntl.fcntl(connection, fcntl.F_SETFL, flags)
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    if poll.poll(0):
+        sys.exit()
 
 
 def _send(connection, message):
