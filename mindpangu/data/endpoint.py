@@ -241,7 +241,7 @@ def _shown(text):
 
 def _read_kept(path):
     try:
-        return _parse_object(path.read_text(encoding="utf-8"))  # a file that lost its end in a power cut: asked again
+        return _parse_object(path.read_bytes())  # a file that lost its end in a power cut: asked again
     except FileNotFoundError:
         return None
 

@@ -205,15 +205,16 @@ def read(text):
     if len(parts) > 1:
         return _unordered("", tuple(read(part) for part in parts))
     text = parts[0]
-    sides, signs = _split(text, EQUATION_SIGNS)
-    if signs:
+    if _split(text, EQUATION_SIGNS)[1]:
         return _read_relation(*_split(text, _RELATIONS))
-    for sign, make in ((r"\cup", lambda *parts: Union(parts)), (r"\setminus", Difference)):
-        parts, signs = _split(text, (sign,))
-        if sign == r"\setminus" and len(parts) > 2:
-            raise Unreadable(f"{len(signs)} differences")
-        if len(parts) > 1:
-            return make(*(read(part) for part in parts))
+    parts, _ = _split(text, (r"\cup",))
+    if len(parts) > 1:
+        return Union(tuple(map(read, parts)))
+    parts, signs = _split(text, (r"\setminus",))
+    if len(signs) > 1:
+        raise Unreadable(f"{len(signs)} differences")
+    if signs:
+        return Difference(*map(read, parts))
     sides, signs = _split(text, _RELATIONS)
     if signs:
         return _read_relation(sides, signs)

@@ -240,7 +240,7 @@ class Link:
             if key not in self._tuples:
                 self._tuples[key] = collections.namedtuple(name, fields)
             # A field can have a method's name.
-            return self._tuples[key](*[_as_method(self._decode(part)) for part in parts])
+            return self._tuples[key](*[_as_method(self, self._decode(part)) for part in parts])
         if tag == "iterator":
             return iter([self._decode(part) for part in content])
         if tag == "exception":
@@ -284,7 +284,7 @@ class Remote:
         return self._remote_link.request("call", self._remote_number, *args, **kwargs)
 
     def __getattr__(self, name):
-        return _as_method(self._remote_link.request("get", self._remote_number, name))
+        return _as_method(self._remote_link, self._remote_link.request("get", self._remote_number, name))
 
     def __eq__(self, other):
         if type(other) is not Remote:
@@ -296,11 +296,13 @@ class Remote:
         return self._remote_number
 
 
-def _as_method(value):
+def _as_method(link, value):
     """What comes out of an object of the answer: it is asked with arguments only where the test names a class."""
-    if type(value) is not Remote or value._remote_link.names_class:
+    if link.names_class or not callable(value):
         return value
-    return Remote(value._remote_link, value._remote_number, is_method=True)
+    if type(value) is not Remote:
+        raise TypeError("a class does not travel as an attribute: bool in the place of startswith would always agree")
+    return Remote(link, value._remote_number, is_method=True)
 
 
 def _hand_on(operation):

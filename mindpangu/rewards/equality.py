@@ -53,8 +53,8 @@ def same_answer(gold, answer):
         return False
     if _without_spaces(gold) == _without_spaces(answer):
         return True
-    if _LETTERS.fullmatch(gold):
-        return _chosen(answer) == _chosen(gold)
+    if _LETTERS.fullmatch(gold) and (letters := _chosen(gold)):  # AA and ADD name no choices
+        return _chosen(answer) == letters
     try:
         return _same(_only_item(read(gold)), _only_item(read(answer)))
     except (Unreadable, RecursionError):
@@ -111,7 +111,7 @@ def _same(gold, answer):
     if all(solutions):
         return _same_solutions(*solutions) or _same_equation(gold, answer)
     if _is_equation(gold) and _is_equation(answer):
-        return _same_equation(gold, answer)
+        return not _is_solved(gold) and _same_equation(gold, answer)
     if any(solutions):
         return _solves(solutions[0] or solutions[1], answer if solutions[0] else gold)
     for equation, other in ((gold, answer), (answer, gold)):
@@ -208,7 +208,7 @@ def _agreeing_sides(equation):
     """What an equation says that something is: the sides of x = 2/3 = 4/6, 2/3 ≈ 0.667, if they agree; else ()."""
     signs = equation.signs[1:] if equation.name else equation.signs
     for (left, right), sign in zip(itertools.pairwise(equation.sides), signs, strict=True):
-        if not (_rounds_to(left, right) if sign == r"\approx" else _same(left, right)):
+        if not (_same(left, right) or (sign == r"\approx" and _rounds_to(left, right))):
             return ()
     return equation.sides
 
@@ -219,7 +219,7 @@ def _rounds_to(exact, rounded):
     error = minus(_expression(exact), _expression(rounded))
     value = None if error.names else error.value_at({})
     last_place = next((Fraction(1, 10**count) for count in range(40) if 10**count % rounded.value.denominator == 0), 0)
-    return value is not None and order(abs(value), last_place) <= 0
+    return value is not None and order(abs(value), last_place) < 0
 
 
 def _solutions(tree):
@@ -285,6 +285,13 @@ def _difference(relation):
     return minus(*map(_expression, sides))
 
 
+def _is_solved(relation):
+    """Whether its only unknown stands alone, as in x = 5. 2x = 10 does not say that: it may be the question itself."""
+    sides = (relation.name, *(getattr(side, "value", None) for side in relation.sides))
+    return len(_difference(relation).names) == 1 and any(
+        isinstance(side, str) and SYMBOL.fullmatch(side) for side in sides)
+
+
 def _same_equation(gold, answer):
     """Whether one is a multiple of the other."""
     return all(isinstance(tree, Relation) for tree in (gold, answer)) and constant_ratio(
@@ -299,6 +306,8 @@ _HOLDS = {"<": (-1,), ">": (1,), r"\le": (-1, 0), r"\ge": (0, 1), r"\ne": (-1, 1
 
 def _same_inequality(gold, answer):
     if len(gold.sides) != 2 or len(answer.sides) != 2 or _is_equation(gold) or _is_equation(answer):
+        return False
+    if _is_solved(gold):
         return False
     ratio = constant_ratio(_difference(gold), _difference(answer))
     if ratio is None:

@@ -224,7 +224,7 @@ def _the_verdict(reply, key, pattern):
     for text in _OBJECT.findall(reply):
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if key in found:
             texts.append(str(found[key]))

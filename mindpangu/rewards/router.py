@@ -32,8 +32,8 @@ class Rewards:
     def close(self):
         """End the workers; a later call starts new ones."""
         with self._lock:
-            if "math" in self._verifiers:
-                self._verifiers["math"].close()
+            for verifier in self._verifiers.values():
+                verifier.close()
             self._verifiers.clear()
 
     def verifier(self, kind):

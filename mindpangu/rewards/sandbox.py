@@ -41,7 +41,8 @@ sys.modules["sandbox_child"].main(request)
 # For the launcher to start and to clean up, beyond the program's own time.
 _GRACE_S = 30
 _NUM_UIDS = 1000
-_run_numbers = itertools.count()
+# From anywhere on: two trainers that both began at 0 would share users, whose limit of processes is one for both.
+_run_numbers = itertools.count(int.from_bytes(os.urandom(2), "big"))
 
 
 class Program(NamedTuple):
@@ -131,18 +132,19 @@ class Sandbox:
         """
         files = []
         own_folder = not self.isolation.namespaces and not self.isolation.landlock
-        with tempfile.TemporaryDirectory() if own_folder else contextlib.nullcontext("/") as folder:
-            if own_folder:
-                os.chmod(folder, 0o777)
-            try:
+        try:
+            with tempfile.TemporaryDirectory() if own_folder else contextlib.nullcontext("/") as folder:
+                if own_folder:
+                    os.chmod(folder, 0o777)
                 for program in programs:
-                    files.append((_as_file(program.source.encode()), _as_file(program.input)))
+                    for content in (program.source.encode(), program.input):
+                        files.append(_as_file(content))
                 return self._launch(programs, files, folder)
-            except OSError as error:  # no process or descriptor left, for example
-                return Outcome("sandbox_error", complaint=str(error))
-            finally:
-                for descriptor in itertools.chain(*files):
-                    os.close(descriptor)
+        except OSError as error:  # no process, descriptor or disk space left, for example
+            return Outcome("sandbox_error", complaint=str(error))
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
 
     def _launch(self, programs, files, folder):
         request = {
@@ -151,13 +153,12 @@ class Sandbox:
             "timeout_s": self.timeout_s, "memory_mib": self.memory_mib,
             "max_processes": self.max_processes + len(programs) - 1,  # the other program's own
             "programs": [{"text": text, "input": given, "max_output_kib": program.max_output_kib or self.max_output_kib}
-                         for program, (text, given) in zip(programs, files, strict=True)]}
+                         for program, text, given in zip(programs, files[::2], files[1::2], strict=True)]}
         orders = _as_file(marshal.dumps((request, self._modules)))
         try:
             launcher = subprocess.Popen([os.path.realpath(sys.executable), *_OPTIONS, _START], stdin=orders,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
-                                        env={"PYTHONHASHSEED": "0"}, start_new_session=True,
-                                        pass_fds=list(itertools.chain(*files)))
+                                        env={"PYTHONHASHSEED": "0"}, start_new_session=True, pass_fds=files)
         finally:
             os.close(orders)
         try:

@@ -76,8 +76,9 @@ _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 1
 # Behind a number these say more than its unit: "14 or so", "14 tenths", 14左右.
 _NO_UNITS = set("and or not nor but plus minus times over out more less than about only because since for with mod "
                 "sqrt sin cos tan log exp each wrong except either both nan inf infinity the squared cubed factorial "
-                "root power half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth "
-                "thousandth".split())
+                "root power half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh "
+                "twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth "
+                "hundredth thousandth millionth".split())
 _NO_UNIT_CHARACTERS = re.compile("[或和与及至到不非没未多余几约半又点成折之上下内外是为的左右错对一二三四五六七八九十]")
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3, "squared": 2, "cubed": 3}
 

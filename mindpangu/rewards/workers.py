@@ -68,14 +68,17 @@ class WorkerPool:
             if worker is None:
                 worker = self._new_worker()
             try:
-                return worker.call(arguments, self._timeout_s)
-            except (TimeoutError, WorkerDied):
+                answer = worker.call(arguments, self._timeout_s)
+            except BaseException:  # after an interrupt, too: the answer to this call would be the next call's
                 self._end(worker)
                 worker = None
                 worker = self._new_worker()  # it gets ready while nobody waits for it
                 raise
         finally:
             self._idle.put(worker)
+        if "error" in answer:
+            raise RuntimeError(f"in the worker: {answer['error']}")
+        return answer["result"]
 
     def close(self):
         """End all workers. Calls under way raise WorkerDied, and so do later ones."""
@@ -128,10 +131,7 @@ class _Worker:
         if not self._is_ready:
             self._wait_for_answer(_START_TIMEOUT_S)
             self._is_ready = True
-        answer = self._wait_for_answer(timeout_s, arguments)
-        if "error" in answer:
-            raise RuntimeError(f"in the worker: {answer['error']}")
-        return answer["result"]
+        return self._wait_for_answer(timeout_s, arguments)
 
     def kill(self):
         """Kill the process and wait for its end. Another thread that waits for its answer gets WorkerDied."""

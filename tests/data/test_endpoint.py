@@ -221,11 +221,11 @@ def test_errors_do_not_enter_the_cache(judge_server, connect, tmp_path):
 def test_a_damaged_entry_is_asked_for_again_and_replaced(judge_server, connect, tmp_path):
     connect(cache=tmp_path).chat(MESSAGES)
     [entry] = tmp_path.rglob("*.json")
-    good = entry.read_text()
-    for damage in ("", good[:-5], "[]"):
-        entry.write_text(damage)
-        assert connect(cache=tmp_path).chat(MESSAGES) == SAID and entry.read_text() == good
-    assert len(judge_server.log()) == 4
+    good = entry.read_bytes()
+    for damage in (b"", good[:-5], b"[]", b"\xff" * len(good)):
+        entry.write_bytes(damage)
+        assert connect(cache=tmp_path).chat(MESSAGES) == SAID and entry.read_bytes() == good
+    assert len(judge_server.log()) == 5
 
 
 def test_a_killed_process_leaves_a_cache_that_the_next_one_completes(judge_server, connect, tmp_path):

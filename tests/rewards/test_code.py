@@ -216,6 +216,11 @@ def test_no_answer_talks_its_way_to_a_verdict(verifier, cheat):
 ] + [
     ("import collections\nR = collections.namedtuple('R', ['startswith'])\ndef f(x): return R(lambda text: True)",
      "assert f(1).startswith('x')"),
+    ("import collections\nR = collections.namedtuple('R', ['startswith'])\ndef f(x): return R(bool)",
+     "assert f(1).startswith('x')"),
+    ("class R: startswith = bool\ndef f(x): return R()", "assert f(1).startswith('x')"),
+    ("class R: get = str\ndef f(x): return R()", "assert f(1).get('a') == 'a'"),
+    ("def f(g):\n    class R: startswith = g\n    return R()", "assert f(lambda x: x).startswith('x')"),
     ("abs = lambda x: 0\ndef f(x): return 9.0", "assert abs(f(1) - 2.5) < 1e-6"),
     ("all = any = lambda *a: True\ndef f(x): return 9", "assert all(f(i) == i for i in range(3))"),
     ("set = sorted = lambda x: 1\ndef f(x): return 9", "assert set([f(1)]) == set([1])"),

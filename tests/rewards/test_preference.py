@@ -108,7 +108,7 @@ def test_values_do_not_depend_on_the_order_of_the_answers(judge_in):
     ('{"score": 0}', None), ('{"score": -3}', None), ("-3", None), ('{"score": null}', None), ('{"score": true}', None),
     ('{"score": NaN}', None), ('{"mark": 4}', None), ('{"score": 4', None), ('Score: 3\n{"score": 1', None),
     ("100", None), ("Score: 3\nIt asked: 10", None), ('It says {"score": 10}, I say\n{"score": 3}', None),
-    ("{" * 5000, None), ("*" * 5000 + "7", None),
+    ('{"score": ' + "[" * 5000 + "]" * 5000 + "}", None), ("{" * 5000, None), ("*" * 5000 + "7", None),
 ])
 def test_the_mark_in_a_reply(reply, mark):
     assert parse_mark(reply) == mark

@@ -1,5 +1,6 @@
 """Oracle: what is left of hostile programs, seen from outside: in /proc, on disk, at a server's door."""
 
+import errno
 import os
 import resource
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -324,6 +326,15 @@ def test_runs_side_by_side_keep_apart(sandbox):
     assert [outcome.outputs[0] for outcome in outcomes] == [f"{number}\n".encode() for number in range(16)]
 
 
+@pytest.mark.skipif(not any(isolation.uid for isolation in SAFE), reason="programs have no users of their own here")
+def test_programs_of_different_trainers_have_different_users():
+    asks = ("from mindpangu.rewards.sandbox import Program, Sandbox\n"
+            "print(Sandbox().run(Program('import os; print(os.getuid())')).outputs)")
+    users = {subprocess.run([sys.executable, "-c", asks], cwd=ROOT, capture_output=True, check=True).stdout
+             for _ in range(3)}
+    assert len(users) > 1  # of 1000: three are the same once in a million runs
+
+
 @needs_isolation
 def test_programs_die_with_the_process_that_runs_them():
     name = new_name()
@@ -395,6 +406,28 @@ def test_namespaces_are_used_where_the_machine_allows_them():
     allowed = subprocess.run(["unshare", *as_root, "--mount", "--pid", "--net", "--ipc", "--fork", *mounts],
                              stderr=subprocess.DEVNULL)
     assert describe_isolation().namespaces == (allowed.returncode == 0)
+
+
+@pytest.mark.parametrize("num_left", [0, 1, 2])
+def test_a_run_that_gets_no_descriptor_says_so_and_keeps_none(monkeypatch, num_left):
+    create, left = os.memfd_create, iter(range(num_left))
+
+    def create_while_some_are_left(name):
+        if next(left, None) is None:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return create(name)
+
+    monkeypatch.setattr(os, "memfd_create", create_while_some_are_left)
+    before = os.listdir("/proc/self/fd")
+    outcome = Sandbox(isolation=Isolation(), allow_unsafe=True).run(Program("print(1)"))
+    assert outcome.reason == "sandbox_error" and "Too many open files" in outcome.complaint
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_run_that_gets_no_folder_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    outcome = Sandbox(isolation=Isolation(), allow_unsafe=True).run(Program("print(1)"))
+    assert outcome.reason == "sandbox_error" and "No such file or directory" in outcome.complaint
 
 
 def test_isolation_says_what_it_is_made_of():

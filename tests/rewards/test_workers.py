@@ -123,6 +123,15 @@ def test_a_worker_killed_while_idle_costs_one_call(pool):
     assert pool.call("6 * 7") == 42
 
 
+def test_the_answer_to_an_interrupted_call_is_not_the_next_calls(pool):
+    pool.call("1")
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.start()
+        pool.call("__import__('time').sleep(1)")
+    assert pool.call("6 * 7") == 42
+
+
 def test_what_comes_through_the_socket_during_a_call_does_not_end_the_worker(pool):
     # The kernel may announce a request after the worker has read it and is at work: here it is surely at work.
     pool.call("1")
