@@ -4,6 +4,7 @@ model=FOLDER stands for init_from=FOLDER (a run, checkpoint or Hugging Face fold
 benchmarks.dir=FOLDER for eval.benchmarks_dir=FOLDER.
 
 --list-tasks: what can be evaluated, from which files, where they are to be had, under which licence.
+--cfg job: every field with its value; those of eval say what is asked and how, see mindpangu/config.py.
 lm_eval ARGUMENTS: lm-eval's own command line, with this project's models as --model mindpangu
 --model_args pretrained=FOLDER. Its own tasks are fetched from a hub by it; ours read local files:
 --include_path <this package>/benchmarks/tasks --metadata benchmarks_dir=FOLDER --tasks pangu_gsm8k.
@@ -27,10 +28,10 @@ from mindpangu.benchmarks.tasks import check_files, find_benchmarks, forms, load
 from mindpangu.config import RewardsConfig, RunConfig, as_dict, recipes_folder
 from mindpangu.data.chat import template_digest
 from mindpangu.data.tokenizer import Tokenizer
-from mindpangu.model.weights import load_model, read_config
+from mindpangu.model.weights import load_model, parameters_digest, read_config
 from mindpangu.pipeline import Plan, entry_point, make_key
 from mindpangu.rewards.router import Rewards
-from mindpangu.runtime.checkpoint import newest_checkpoint, write_atomic
+from mindpangu.runtime.checkpoint import find_model, newest_checkpoint, write_atomic
 from mindpangu.runtime.device import activation_dtype, start
 from mindpangu.runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 from mindpangu.tools.report import draw_report, read_run
@@ -43,6 +44,9 @@ def evaluate(recipe, overrides):
     """Run a recipe's benchmarks, or what is missing of them, and return the run folder with results.json."""
     if recipe.task != "evaluate":
         raise ValueError(f"recipe={recipe.recipe} is no evaluation: expected eval_instruct or eval_base.")
+    if not recipe.init_from:
+        raise ValueError(f"init_from={recipe.init_from}: expected the model to measure, a run folder, a Hugging Face "
+                         "folder or a recipe.")
     config = recipe.eval
     names = config.tasks or [name for name, benchmark in forms()[config.form].items() if benchmark.published]
     benchmarks = find_benchmarks(config.form, names)
@@ -53,8 +57,11 @@ def evaluate(recipe, overrides):
     if "ifeval" in benchmarks:
         prepare_punkt(_responses_folder(recipe))
     with Plan(_with_model(recipe), overrides) as plan:
-        # A plan's key says which model it is; an evaluation is also what is asked, and from which files.
+        # A plan's key says which model it is; an evaluation is also what is asked, from which files, how answers are
+        # checked, and, unlike a training run, in which precision and where: that is what two evaluations may compare.
         asked = {name: value for name, value in as_dict(config).items() if name not in _NO_PART_IN_RESULTS}
+        asked |= {"math_timeout_s": recipe.rewards.math_timeout_s, "code": as_dict(recipe.rewards.code),
+                  "device": recipe.run.device, "precision": recipe.run.precision}
         digests = {name: files.digest(files.SOURCES[benchmark.source], config.benchmarks_dir)
                    for name, benchmark in benchmarks.items()}
         plan.key = make_key("evaluation", asked, [plan.key, digests])
@@ -82,21 +89,15 @@ def _responses_folder(recipe):
 
 
 def _with_model(recipe):
-    """The recipe with the architecture of the folder that init_from names, if it names one."""
-    folder = _find_model(recipe.init_from)
+    """The recipe with the architecture of the folder with weights that init_from means: a checkpoint or Hugging Face
+    folder, or the newest checkpoint of a run folder. As it is, if init_from names a recipe."""
+    path = Path(recipe.init_from)
+    folder = path if (path / "config.json").is_file() else newest_checkpoint(path)
     if folder is None:
         return recipe
     model = read_config(folder)
     return dataclasses.replace(recipe, init_from=str(folder), model=model, data=dataclasses.replace(
         recipe.data, seq_len=min(recipe.data.seq_len, model.max_seq_len)))
-
-
-def _find_model(reference):
-    """The folder with weights that a checkpoint, Hugging Face or run folder (its newest checkpoint) means, or None."""
-    path = Path(reference or "")
-    if reference is None or not path.is_dir():
-        return None
-    return path if (path / "config.json").is_file() else newest_checkpoint(path)
 
 
 def _go_offline():
@@ -115,9 +116,8 @@ def _measure(plan, benchmarks):
     from mindpangu.benchmarks.lm import PanguLM
 
     run, model_folder = recipe.run, plan.init.folder
-    identity = {"model": plan.init.digest, "tokenizer": plan.tokenizer.digest, "template": template_digest(),
-                "device": run.device, "precision": run.precision}
-    responses = ResponseFile(_responses_folder(recipe) / f"{make_key('responses', None, identity)}.jsonl")
+    identity = _identity(plan.init.digest, plan.tokenizer, run)
+    responses = _open_responses(_responses_folder(recipe), identity)
     say(f"{recipe.recipe}: {', '.join(benchmarks)}; model {model_folder}; {len(responses)} responses are in "
         f"{responses.path} already")
     lm = PanguLM(_load(model_folder, run), plan.tokenizer, num_slots=config.num_slots,
@@ -136,6 +136,16 @@ def _measure(plan, benchmarks):
     return {"form": config.form, "model": {"folder": str(model_folder), **identity}, "decoding": chosen,
             "benchmarks": {name: summarize(benchmarks[name], samples[name]) for name in benchmarks},
             "measured": lm.measured, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _identity(model_digest, tokenizer, run):
+    """What responses depend on besides their requests."""
+    return {"model": model_digest, "tokenizer": tokenizer.digest, "template": template_digest(), "device": run.device,
+            "precision": run.precision}
+
+
+def _open_responses(folder, identity):
+    return ResponseFile(Path(folder) / f"{make_key('responses', None, identity)}.jsonl")
 
 
 def _load(folder, run):
@@ -166,10 +176,15 @@ def long_form(argument):
     if not equals:
         return argument
     if name == "model" and not (recipes_folder() / "model" / f"{value}.yaml").is_file():
-        return f"init_from={value}"
+        return f"init_from={_quoted(value)}"
     if name == "tasks":
         return f"eval.tasks=[{value.strip('[]')}]"
-    return f"eval.benchmarks_dir={value}" if name == "benchmarks.dir" else argument
+    return f"eval.benchmarks_dir={_quoted(value)}" if name == "benchmarks.dir" else argument
+
+
+def _quoted(path):
+    """A path as Hydra takes it, whatever it holds: its grammar knows =, (, ~ and the like."""
+    return path if path[:1] in ("", "'", '"') else "'" + path.replace("'", r"\'") + "'"
 
 
 def run_lm_eval(arguments):
@@ -181,19 +196,20 @@ def run_lm_eval(arguments):
 
     @register_model("mindpangu")
     class Registered(PanguLM):
-        """--model_args pretrained=FOLDER[,target=CPU|Ascend][,precision=float32|bfloat16|float16][,responses=FILE] and
-        PanguLM's own arguments. lm-eval's own device and batch sizes, which it always gives, have no part in it."""
+        """--model_args pretrained=FOLDER[,target=CPU|Ascend][,precision=float32|bfloat16|float16][,responses=FOLDER],
+        the last one as eval.responses, and PanguLM's own arguments. lm-eval's own device and batch sizes, which it
+        always gives, have no part in it."""
 
         def __init__(self, pretrained, target="CPU", precision="float32", kernels="native", responses=None, device=None,
                      batch_size=None, max_batch_size=None, **options):
             run = RunConfig(device=target, precision=precision, kernels=kernels)
-            folder = _find_model(pretrained)
-            if folder is None:
-                raise ValueError(f"pretrained={pretrained}: expected a run folder with a checkpoint, or a folder with "
-                                 "config.json, weights and tokenizer.model.")
+            folder = find_model(pretrained)
             start(run)
-            super().__init__(_load(folder, run), Tokenizer(folder / "tokenizer.model"), reporter=Reporter,
-                             responses=ResponseFile(responses) if responses else None, **options)
+            model, tokenizer = _load(folder, run), Tokenizer(folder / "tokenizer.model")
+            if responses:
+                digest = [parameters_digest(model), as_dict(model.config)]
+                responses = _open_responses(responses, _identity(digest, tokenizer, run))
+            super().__init__(model, tokenizer, reporter=Reporter, responses=responses, **options)
 
     with Rewards(RewardsConfig(), 0) as rewards:
         graders.use(rewards)
@@ -206,11 +222,14 @@ def main():
     if arguments[:1] == ["lm_eval"]:
         run_lm_eval(arguments[1:])
         return
-    sys.argv[1:] = arguments = [long_form(argument) for argument in arguments]
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
     if "--list-tasks" in arguments:
-        folders = [a.partition("=")[2] for a in arguments if a.startswith("eval.benchmarks_dir=")]
+        folders = [a.partition("=")[2] for a in arguments if a.startswith(("benchmarks.dir=", "eval.benchmarks_dir="))]
         print(describe_tasks((folders or ["benchmarks"])[-1]))
         return
+    sys.argv[1:] = [long_form(argument) for argument in arguments]
     entry_point(evaluate)()
 
 

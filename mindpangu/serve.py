@@ -16,6 +16,7 @@ A seed, a prompt's place in its request and a sample's number determine an answe
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import queue
@@ -57,7 +58,8 @@ class _RequestError(Exception):
     """What a client did wrong. param: the field."""
 
     def __init__(self, message, param=None, status=400, code=None):
-        super().__init__(message)
+        # A field's name or value that is shown may hold half of a surrogate pair, which no terminal can be sent.
+        super().__init__(message.encode(errors="backslashreplace").decode())
         self.param, self.status, self.code = param, status, code
 
 
@@ -381,6 +383,10 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 600  # seconds that an idle connection is kept
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # the client is gone; the base class ends what takes too long
+            super().handle()
+
     def do_GET(self):
         engine = self.server.engine
         replies = {"/health": {"status": "ok"},
@@ -403,8 +409,8 @@ class _Handler(BaseHTTPRequestHandler):
         except _RequestError as error:
             self._refuse(error.status, str(error), error.param, error.code)
             say(f"POST {path} {error.status}: {error}")
-        except ConnectionError:  # the client is gone
-            self.close_connection = True
+        except (ConnectionError, TimeoutError):  # the client's, see handle
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a request does, the server goes on for the others
             traceback.print_exc()
             self._refuse(500, f"the server failed: {type(error).__name__}: {str(error)[:500]}")
@@ -439,17 +445,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"error": {"message": message, "type": kind, "param": param, "code": code}})
 
     def _send(self, status, body):
-        content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(content)
-        except ConnectionError:  # the client is gone
-            self.close_connection = True
+        # What UTF-8 lacks, half of a surrogate pair in an unknown field's name, becomes JSON's own \udXXX.
+        content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_):
         """Nothing: do_POST writes a line of its own."""

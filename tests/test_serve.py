@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 import requests
 from safetensors.numpy import load_file, save_file
 
+from mindpangu import serve
 from mindpangu.data.chat import decode_response, encode_prompt
 from mindpangu.data.documents import Message
 from mindpangu.data.endpoint import Endpoint
@@ -349,6 +351,22 @@ def test_a_client_that_leaves_does_not_disturb_the_others(server):
     assert server.complete([5, 6])
 
 
+def test_clients_that_stop_in_the_middle_or_reset_the_connection_are_hung_up_on_in_silence(monkeypatch, capfd):
+    monkeypatch.setattr(serve._Handler, "timeout", 0.2)
+    with serve._Server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address, timeout=20) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 500\r\n\r\n{")
+            assert connection.recv(1000) == b""
+        for sent in (b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 500\r\n\r\n{"):
+            with socket.create_connection(server.server_address) as connection:
+                connection.sendall(sent)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            time.sleep(0.1)
+        server.shutdown()
+    assert capfd.readouterr().err == ""
+
+
 # ---- Errors
 
 @pytest.mark.parametrize(("body", "param", "part"), [
@@ -377,6 +395,7 @@ def test_a_client_that_leaves_does_not_disturb_the_others(server):
     ({"best_of": 3}, "best_of", "best_of is unknown"), ({"temprature": 1}, "temprature", "temprature is unknown"),
     ({"messages": []}, "messages", "messages is unknown"), ({"min_p": 0.1}, "min_p", "min_p=0.1 is not supported"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"n": "\ud83d"}, "n", r'n="\ud83d": expected'), ({"\ud83d": 1}, "\ud83d", r"\ud83d is unknown"),
 ])
 def test_a_bad_completion_names_its_field(server, body, param, part):
     sent = json.dumps(({"prompt": [5, 6]} if param != "prompt" else {}) | body)  # allows NaN, unlike requests

@@ -82,14 +82,13 @@ def _side_by_side(function, items):
 
 
 def grade_mathematics(answers, documents):
-    """The final answer by math-verify. Answers of GSM8K stand behind "####"."""
+    """The final answer by mindpangu.rewards.math. Answers of GSM8K stand behind "####"."""
     verifier = _rewards.verifier("math")
 
     def grade(pair):
         [answer, *_], document = pair
         gold = document["answer"].split("####")[-1].strip()
-        score = verifier.score(Example((), gold, task_type="math"), Response(answer))
-        return score._replace(value=float(score.value == 1.0))
+        return verifier.score(Example((), gold, task_type="math"), Response(answer))
 
     return _side_by_side(grade, list(zip(answers, documents, strict=True)))
 

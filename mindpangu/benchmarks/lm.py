@@ -7,6 +7,7 @@ request, see responses.py.
 import contextlib
 import gc
 import time
+from collections import Counter
 
 import mindspore as ms
 import numpy as np
@@ -184,9 +185,10 @@ class PanguLM(TemplateLM):
 
         The generation arguments are until, max_gen_toks, do_sample, temperature, top_p and top_k; others are refused.
         An answer may have what its prompt leaves of the model's positions; of a prompt that leaves less than
-        max_gen_toks and half of them, the start is cut.
+        max_gen_toks and half of them, the start is cut. A sampled request that comes several times, as lm-eval's
+        repeats do, gets an answer of its own each time.
         """
-        keys, pending, num_cut = [], {}, 0
+        keys, pending, num_cut, times_asked = [], {}, 0, Counter()
         for request in requests:
             prompt, arguments = request.args
             until, max_new, *sampling = _generation_arguments(arguments, self.max_gen_toks)
@@ -198,6 +200,9 @@ class PanguLM(TemplateLM):
             tokens = tokens[-(self.max_length - room):]
             drawn = [self.seed, self.sample_index] if sampling[0] > 0 else []
             key = request_key("generate_until", tokens, until, room, sampling, drawn, isinstance(prompt, ChatPrompt))
+            times_asked[key] += 1
+            if drawn and times_asked[key] > 1:
+                key = request_key(key, times_asked[key])
             keys.append(key)
             if self._known(key) is None:
                 pending[key] = _Answer(prompt, tokens, until, max_new, room, tuple(sampling))

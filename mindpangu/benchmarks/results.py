@@ -4,7 +4,7 @@ import csv
 from html import escape
 from importlib.resources import files
 
-from .files import SOURCES
+from .files import SOURCES, missing_patterns
 from .tasks import forms
 
 _NO_VALUE = "–"
@@ -35,8 +35,8 @@ def layout(results):
     and published, of every column the same ones, so that it compares.
     """
     systems, published = read_published(results["form"])
-    shot = results["form"] == "base"
-    head = ["", "benchmark", "shots" if shot else "metric", "this model", "± stderr", "k / N", *systems]
+    about = "P1's shots" if results["form"] == "base" else "metric"
+    head = ["", "benchmark", about, "this model", "± stderr", "k / N", *systems]
     known, measured, rows, compared = forms()[results["form"]], results["benchmarks"], [], []
     places = {row: place for place, row in enumerate(published)}
     order = sorted(measured, key=lambda name: places.get(known[name].published, len(places)))
@@ -65,7 +65,12 @@ def _notes(results):
     by_table = {}
     for system, table in systems.items():
         by_table.setdefault(table, []).append(system)
-    notes = ["Published: " + "; ".join(f"{', '.join(names)}: {table}" for table, names in by_table.items()) +
+    model, decoding = results["model"], results["decoding"]
+    how = (f"temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}, mean of {decoding['num_repeats']}"
+           if decoding["temperature"] else "greedy")
+    length = f"up to {decoding['max_new_tokens']} tokens" if decoding["max_new_tokens"] else "as long as each task says"
+    notes = [f"This model: {model['folder']}, {model['device']}, {model['precision']}; decoding: {how}, {length}.",
+             "Published: " + "; ".join(f"{', '.join(names)}: {table}" for table, names in by_table.items()) +
              ". * from the system's own paper."]
     for name, found in results["benchmarks"].items():
         source = SOURCES[forms()[results["form"]][name].source]
@@ -100,15 +105,15 @@ def as_html(results):
 
 def describe_tasks(folder):
     """What can be evaluated, from which files, whence and under which licence: text for a terminal."""
-    from .files import missing_patterns
-
     lines = [f"Benchmarks, read from {folder} (eval.benchmarks_dir); nothing is ever fetched.", ""]
     for name, source in SOURCES.items():
         used = [form for form, benchmarks in forms().items() if any(b.source == name for b in benchmarks.values())]
         missing = missing_patterns(source, folder)
+        files_there = "" if not missing else "   MISSING" if len(missing) == len(source.patterns) else (
+            f"   MISSING: {', '.join(missing)}")
         lines += [f"{name}  ({source.title}; {', '.join(used)})",
-                  f"  files    {', '.join(source.patterns)}" + ("" if not missing else
-                                                               f"   MISSING: {', '.join(missing)}"),
+                  f"  files    {', '.join(source.patterns)}{files_there}",
                   f"  from     {source.url}", f"  licence  {source.licence}",
-                  f"  tested   {'on these files' if source.run else 'unrun on real data: on items of this form'}", ""]
+                  f"  tested   {'on these files' if source.run else 'unrun on real data, on items of this form only'}",
+                  ""]
     return "\n".join(lines)

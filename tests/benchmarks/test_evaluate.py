@@ -68,9 +68,12 @@ def test_a_second_start_finds_it_complete(finished, folder, tiny_models, monkeyp
     before = (run / "results.json").stat().st_mtime_ns
     assert evaluate(load_recipe(overrides), overrides) == run.relative_to(home)
     assert "already complete" in capsys.readouterr().out and (run / "results.json").stat().st_mtime_ns == before
-    other = [override.replace("limit=40", "limit=39") for override in overrides]
-    with pytest.raises(ValueError, match="eval.limit: 40 | 39"):
-        evaluate(load_recipe([*other, f"run.dir={run}"]), [*other, f"run.dir={run}"])
+    for other, words in (("eval.limit=39", r"eval\.limit: 40 \| 39"),
+                         ("run.precision=bfloat16", r"run\.precision: 'float32' \| 'bfloat16'"),
+                         ("rewards.code.timeout_s=1", r"rewards\.code\.timeout_s: 10\.0 \| 1\.0")):
+        changed = [*overrides, other, f"run.dir={run}"]
+        with pytest.raises(ValueError, match=words):
+            evaluate(load_recipe(changed), changed)
 
 
 def test_a_killed_evaluation_answers_only_what_is_missing(finished, folder, tiny_models, tmp_path):
@@ -96,36 +99,50 @@ def test_a_killed_evaluation_answers_only_what_is_missing(finished, folder, tiny
         assert (run / f"samples/{name}.jsonl").read_text() == (finished[1] / f"samples/{name}.jsonl").read_text()
 
 
-@pytest.mark.long  # not a minute, but lm-eval first reads the thousands of its tasks
+@pytest.mark.long  # a minute: lm-eval first reads the thousands of its tasks
 def test_lm_eval_s_own_command_line_takes_our_models_and_tasks(folder, tiny_models, tmp_path):
     tasks = os.path.join(os.path.dirname(files.__file__), "tasks")
-    done = subprocess.run(
-        [sys.executable, "-m", "mindpangu.evaluate", "lm_eval", "--model", "mindpangu", "--model_args",
-         f"pretrained={tiny_models['trained']}", "--tasks", "pangu_base_cluewsc", "--include_path", tasks,
-         "--limit", "2", "--metadata", f"benchmarks_dir={folder}", "--output_path", tmp_path / "out"],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "pangu_base_cluewsc" in done.stdout and "mindpangu" in done.stdout
-    [found] = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(found.read_text())["n-samples"]["pangu_base_cluewsc"]["effective"] == 2
+    for name, model in tiny_models.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "mindpangu.evaluate", "lm_eval", "--model", "mindpangu", "--model_args",
+             f"pretrained={model},responses=responses", "--tasks", "pangu_base_cluewsc", "--include_path", tasks,
+             "--limit", "2", "--metadata", f"benchmarks_dir={folder}", "--output_path", tmp_path / name],
+            cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "pangu_base_cluewsc" in done.stdout and "mindpangu" in done.stdout
+        [found] = (tmp_path / name).rglob("results_*.json")
+        assert json.loads(found.read_text())["n-samples"]["pangu_base_cluewsc"]["effective"] == 2
+    assert len(list((tmp_path / "responses").iterdir())) == 2, "no model is given another one's responses"
 
 
 @pytest.mark.parametrize(("argument", "expected"), [
-    ("tasks=a,b", "eval.tasks=[a,b]"), ("tasks=[a]", "eval.tasks=[a]"), ("model=/x/y", "init_from=/x/y"),
-    ("model=runs/kd=1", "init_from=runs/kd=1"), ("model=openpangu_1b", "model=openpangu_1b"),
-    ("benchmarks.dir=/data", "eval.benchmarks_dir=/data"), ("seed=1", "seed=1"), ("--multirun", "--multirun")])
+    ("tasks=a,b", "eval.tasks=[a,b]"), ("tasks=[a]", "eval.tasks=[a]"), ("model=/x/y", "init_from='/x/y'"),
+    ("model='x'", "init_from='x'"), ("model=openpangu_1b", "model=openpangu_1b"),
+    ("benchmarks.dir=/data", "eval.benchmarks_dir='/data'"), ("seed=1", "seed=1"), ("--multirun", "--multirun")])
 def test_short_forms_stand_for_the_recipe_s_fields(argument, expected):
     assert long_form(argument) == expected
+
+
+@pytest.mark.parametrize("path", ["/x/y", "runs/kd=1", "~/a b", "it's (1), {2}", "a,b", "[x]"])
+def test_any_path_can_be_the_model_s_and_the_benchmarks(path):
+    recipe = load_recipe(["recipe=eval_instruct", long_form(f"model={path}"), long_form(f"benchmarks.dir={path}")])
+    assert recipe.init_from == recipe.eval.benchmarks_dir == path
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
     (["recipe=eval_instruct", "eval.tasks=[gsm9k]"], "gsm9k unknown with eval.form=instruct"),
     (["recipe=eval_base", "eval.tasks=[gsm8k]"], r"gsm8k/train.jsonl(.|\n)*grade-school-math(.|\n)*licence: MIT"),
+    (["recipe=eval_instruct", "init_from=null"], "init_from=None: expected the model to measure"),
     (["recipe=sft_fast"], "recipe=sft_fast is no evaluation")])
 def test_wrong_requests_say_what_to_do(overrides, words, tmp_path):
     overrides = [*overrides, f"eval.benchmarks_dir={tmp_path}"]
     with pytest.raises(ValueError, match=words):
         evaluate(load_recipe(overrides), overrides)
+
+
+def test_help_is_about_evaluation():
+    done = subprocess.run([sys.executable, "-m", "mindpangu.evaluate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "recipe=eval_instruct model=RUN" in done.stdout and "--list-tasks" in done.stdout
 
 
 def test_the_list_of_tasks_needs_nothing(tmp_path):

@@ -182,6 +182,16 @@ def test_sampled_answers_depend_on_seed_and_sample_but_not_on_company(ours, monk
         assert all(one != other for one, other in zip(answers, others, strict=True))
 
 
+def test_a_request_that_is_repeated_is_sampled_anew_and_greedily_the_same(ours, monkeypatch, tmp_path):
+    monkeypatch.setattr(ours, "responses", ResponseFile(tmp_path / "responses.jsonl"))
+    answers = ours.generate_until(asked([PROMPTS[0]] * 4, **SAMPLING))
+    assert len(set(answers)) == 4
+    assert len(ResponseFile(ours.responses.path)) == 4
+    assert ours.generate_until(asked([PROMPTS[0]] * 4, **SAMPLING)) == answers
+    assert ours.generate_until(asked([PROMPTS[0]], **SAMPLING)) == answers[:1]
+    assert len(set(ours.generate_until(asked([PROMPTS[0]] * 4, max_gen_toks=LENGTH)))) == 1
+
+
 def test_generation_arguments_are_honoured_or_refused(ours):
     greedy = ours.generate_until(asked(PROMPTS, max_gen_toks=LENGTH))
     assert ours.generate_until(asked(PROMPTS, max_gen_toks=LENGTH, do_sample=False, temperature=1.0)) == greedy

@@ -73,7 +73,9 @@ def test_presets_are_the_papers_and_give_way_to_what_is_set():
 
 
 def measured(**scores):
-    return {"form": "instruct", "measured": {"generate_until": {"cut_prompts": 2}}, "benchmarks": {
+    return {"form": "instruct", "measured": {"generate_until": {"cut_prompts": 2}},
+            "model": {"folder": "runs/student", "device": "CPU", "precision": "float32"},
+            "decoding": decoding(EvalConfig()), "benchmarks": {
         name: {"score": score, "stderr": 1.25, "k": 7, "N": 10, "items": 10} for name, score in scores.items()}}
 
 
@@ -89,12 +91,17 @@ def test_the_table_has_the_papers_rows_and_averages_over_the_same_ones():
     assert average["KD"] == f"{(67.28 + 77.33) / 2:.2f}" and average["V1"] == f"{(60.72 + 66.72) / 2:.2f}"
 
 
-def test_text_and_html_say_what_limits_the_numbers():
+def test_text_and_html_say_what_was_measured_and_what_limits_the_numbers():
     results = measured(gsm8k=50.0, drop=1.0)
     for text in (as_text(results), as_html(results)):
         assert "GSM8K: 10 of 1319 items." in text and "2 prompts were longer" in text
+        assert "This model: runs/student, CPU, float32; decoding: greedy, up to 8192 tokens." in text
         assert "DROP: unrun on real data" in text and "P1 table 4" in text and "P2 table 1" in text
     assert as_html(results).count("<tr>") == 4 and "k / N" in as_html(results)
+    sampled = as_text(results | {"decoding": decoding(EvalConfig(preset="sampled_28k_mean3"))})
+    assert "decoding: temperature 0.7, top-p 1, mean of 3, up to 28672 tokens." in sampled
+    assert "decoding: greedy, as long as each task says." in as_text(
+        results | {"decoding": decoding(EvalConfig(preset="task"))})
 
 
 def test_the_list_of_tasks_names_files_sources_and_licences(tmp_path):
@@ -102,3 +109,6 @@ def test_the_list_of_tasks_names_files_sources_and_licences(tmp_path):
     for words in ("gpqa/gpqa_diamond.csv", "MISSING", "never to show its questions online", "not for commercial use",
                   "cmmlu  (CMMLU; instruct, base)", "unrun on real data", "nothing is ever fetched"):
         assert words in text
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text("{}")
+    assert "gsm8k/train.jsonl, gsm8k/test.jsonl   MISSING: gsm8k/train.jsonl\n" in describe_tasks(tmp_path)
