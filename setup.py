@@ -25,7 +25,8 @@ setup(
     # These stand at the top of the repository and travel inside the package.
     package_dir={"mindpangu.recipes": "recipes", "mindpangu.tools": "tools",
                  "mindpangu.ascend_kernels": "ascend_kernels"},
-    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md"], "mindpangu.ops.cpu": ["*.cc", "*.h"],
+    package_data={"mindpangu.recipes": ["**/*.yaml", "RESULTS.md", "launch/*.sh"], "mindpangu.ops.cpu": ["*.cc", "*.h"],
+                  "mindpangu.tools": ["devices.yaml"],
                   "mindpangu.benchmarks": ["published.csv", "tasks/*.yaml"],
                   "mindpangu.ascend_kernels": ["**/*.cpp", "**/*.h", "**/*.cc", "**/README.md"]},
     install_requires=[

@@ -41,11 +41,12 @@ def flops_per_token(config, seq_len, backward=True):
     with it 6 N + 6 L A (seq_len + 1). Nothing is counted for recomputation and for the masked half of the scores.
     """
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * (seq_len + 1)
-    forward = 2 * _num_multiplied(config) + attention
+    forward = 2 * num_multiplied_parameters(config) + attention
     return 3 * forward if backward else forward
 
 
-def _num_multiplied(config):
+def num_multiplied_parameters(config):
+    """All but a separate input embedding, which is looked up."""
     return num_parameters(config) - (0 if config.tie_embedding else config.vocab_size * config.hidden_size)
 
 
@@ -96,9 +97,9 @@ def print_size(title, config, seq_len):
         table.add_row(quantity, f"{value:,}", meaning)
     console = Console()
     console.print(table)
-    console.print(f"N = {_num_multiplied(config):,} parameters that are multiplied, L = {config.num_layers} layers, "
-                  f"A = {config.num_heads} heads x {config.head_dim}, T = {seq_len} tokens of a document, causal.",
-                  highlight=False)
+    console.print(f"N = {num_multiplied_parameters(config):,} parameters that are multiplied, "
+                  f"L = {config.num_layers} layers, A = {config.num_heads} heads x {config.head_dim}, "
+                  f"T = {seq_len} tokens of a document, causal.", highlight=False)
 
 
 def main():

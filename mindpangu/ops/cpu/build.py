@@ -15,6 +15,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 _SOURCES = Path(__file__).resolve().parent
 # Instruction sets, best first: flags of /proc/cpuinfo that they need, and g++'s options. "portable" runs anywhere.
@@ -42,10 +43,21 @@ def best_level():
     return next(level for level, (needs, _) in LEVELS.items() if set(needs) <= found)
 
 
-def build(level=None, extra_options=(), say=print):
-    """Path of the library for a level (this machine's best by default), built if it is not in the cache.
+class Compilation(NamedTuple):
+    """How the library for a level is built on this machine."""
 
-    Raises ValueError that says what to install where g++ or MindSpore is missing, or with the compiler's message.
+    level: str
+    compiler: str
+    compiler_version: str
+    options: list
+    headers: Path
+    library: Path  # there if it has been built
+
+
+def plan(level=None, extra_options=()):
+    """The Compilation of the library for a level, this machine's best by default; builds nothing.
+
+    Raises ValueError that says what to install where g++ or MindSpore is missing.
     """
     level = level or best_level()
     if level not in LEVELS:
@@ -61,13 +73,21 @@ def build(level=None, extra_options=(), say=print):
                          "pip install mindspore==2.9.0.")
     headers = Path(spec.origin).parent / "include/mindspore/ops/kernel/cpu/op_plugin"
     options = [*_OPTIONS, *(f"-m{flag}" for flag in LEVELS[level][1]), *extra_options]
-    sources = sorted([*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")])
     digest = hashlib.sha256("\0".join([compiler_version, version("mindspore"), *options]).encode())
-    for path in sources:
+    for path in sorted([*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindpangu"
-    folder = cache / f"cpu-{level}-{digest.hexdigest()[:16]}"
-    library = folder / "libmindpangu_cpu.so"
+    library = cache / f"cpu-{level}-{digest.hexdigest()[:16]}" / "libmindpangu_cpu.so"
+    return Compilation(level, compiler, compiler_version.strip(), options, headers, library)
+
+
+def build(level=None, extra_options=(), say=print):
+    """Path of the library for a level (this machine's best by default), built if it is not in the cache.
+
+    Raises ValueError that says what to install where g++ or MindSpore is missing, or with the compiler's message.
+    """
+    compilation = plan(level, extra_options)
+    library, folder = compilation.library, compilation.library.parent
     if library.exists():
         return library
     try:
@@ -79,9 +99,10 @@ def build(level=None, extra_options=(), say=print):
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            say(f"building the CPU kernels ({level}) with g++ {compiler_version.strip()}, once: {library}")
+            say(f"building the CPU kernels ({compilation.level}) with g++ {compilation.compiler_version}, once: "
+                f"{library}")
             started = time.monotonic()
-            _compile(compiler, options, headers, folder, library)
+            _compile(compilation.compiler, compilation.options, compilation.headers, folder, library)
             say(f"built in {time.monotonic() - started:.0f} s")
     return library
 
