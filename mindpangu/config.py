@@ -128,7 +128,8 @@ class TrainConfig(_Section):
     steps: int = 0  # optimizer steps; this or epochs
     rows_per_step: int = MISSING  # rows of data.seq_len tokens in an optimizer step, over all ranks; 0 in grpo, whose
     #                               answers decide how many there are
-    micro_batch_rows: int = MISSING  # rows in one forward and backward; divides rows_per_step
+    micro_batch_rows: int = MISSING  # rows in one forward and backward; divides rows_per_step; where a rank's share of
+    #                                  the rows is smaller or not a multiple, fewer
     lr: float = MISSING  # peak learning rate
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 0  # linear from 0
@@ -136,6 +137,8 @@ class TrainConfig(_Section):
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    moments_dtype: str = "float32"  # float32 | bfloat16: half the memory, for beta2 up to 0.99, above which a second
+    #                                 moment would move by less than a bfloat16's last bit, and stand still
     weight_decay: float = 0.1  # decoupled; none on norms and biases
     clip_norm: float = 1.0  # global gradient norm
     eval_every: int = 0  # steps between validations; 0: only before the first and after the last step
@@ -156,6 +159,10 @@ class TrainConfig(_Section):
                  f"train.warmup_steps={self.warmup_steps}.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected in [0, 1).")
+        _one_of("train.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
+        _require(self.moments_dtype == "float32" or self.beta2 <= 0.99,
+                 f"train.moments_dtype=bfloat16 with train.beta2={self.beta2}: the second moment would stand still; "
+                 "expected train.beta2 up to 0.99, or float32.")
         _require(self.eps > 0, f"train.eps={self.eps}: expected above 0.")
         _at_least("train.weight_decay", self.weight_decay, 0)
         _require(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: expected above 0.")
@@ -284,6 +291,45 @@ class EvalConfig(_Section):
         _in_range("eval.num_repeats", self.num_repeats, 0, 255)
 
 
+# What converter_lite calls the chips of the edge and of servers; npu-smi info prints the name of the one at hand.
+SOCS = ("Ascend310B1", "Ascend310B2", "Ascend310B3", "Ascend310B4", "Ascend310P1", "Ascend310P3", "Ascend910B1",
+        "Ascend910B2", "Ascend910B3", "Ascend910B4")
+_MAX_PROFILES = 100  # shapes of a graph that the converter compiles, decoding's included
+
+
+@dataclass
+class ExportConfig(_Section):
+    """MindIR graphs for the edge, of the model in init_from."""
+
+    buckets: list[int] = field(default_factory=lambda: [64, 256, 1024])  # prompt lengths that are compiled, rising; a
+    #                                                  prompt is padded to the next one
+    cache_len: int = 1280  # positions of the key/value cache: a prompt and its answer
+    soc: str = "Ascend310B4"  # the chip, one of SOCS; Atlas 200I A2: 310B1 to 310B4
+    precision_mode: str = "enforce_origin"  # of converter_lite: enforce_origin keeps norms and softmax in float32 |
+    #                                         enforce_fp16 | preferred_fp32 | enforce_fp32 | preferred_optimal
+    hugging_face: str | None = "bfloat16"  # weights of the Hugging Face folder: float32 | bfloat16; null: no folder
+    key_file: str | None = None  # encrypt the graphs and weights by AES-GCM with the key in this file, in hexadecimal
+    key_env: str | None = None  # or in this environment variable
+
+    def check(self):
+        _require(self.buckets, "export.buckets is empty: expected prompt lengths, such as [64,256,1024].")
+        previous = 0
+        for bucket in self.buckets:
+            _require(bucket > previous, f"export.buckets={self.buckets}: expected rising numbers of tokens.")
+            previous = bucket
+        _require(len(self.buckets) < _MAX_PROFILES, f"export.buckets has {len(self.buckets)} lengths: the converter "
+                                                    f"takes {_MAX_PROFILES} shapes, and decoding needs one.")
+        _require(previous < self.cache_len,
+                 f"export.cache_len={self.cache_len}: expected more than the longest of export.buckets="
+                 f"{self.buckets}, or there is no room for an answer.")
+        _one_of("export.soc", self.soc, SOCS)
+        _one_of("export.precision_mode", self.precision_mode, (
+            "enforce_origin", "enforce_fp16", "preferred_fp32", "enforce_fp32", "preferred_optimal"))
+        _one_of("export.hugging_face", self.hugging_face, (None, "float32", "bfloat16"))
+        _require(not (self.key_file and self.key_env),
+                 f"export.key_file={self.key_file} and export.key_env={self.key_env}: give one of them.")
+
+
 @dataclass
 class CodeRewardConfig(_Section):
     """The sandbox in which an answer's code runs."""
@@ -404,6 +450,13 @@ class RunConfig(_Section):
     precision: str = "float32"
     num_threads: int = 0  # 0: all cores that the process may use
     logits_chunk: int = 1024  # positions whose logits exist at a time
+    recompute: bool = False  # in training keep only each layer's input and compute the rest again on the way back: the
+    #                          same numbers in far less memory, for a third more arithmetic
+    sequence_parallel: int = 1  # ranks that share the tokens of their rows in training, each with its share of the
+    #                             heads in attention; a divisor of model.num_kv_heads and of the number of ranks
+    shard: str = "optimizer"  # of several ranks, each has: none: everything | optimizer: its share of the optimizer's
+    #                           state (ZeRO 1) | gradients: of summed gradients too (ZeRO 2), for which they are summed
+    #                           after every micro-batch and not once a step
     peak_tflops: float = 0.0  # of the device at this precision, for MFU; 0: unknown, MFU n/a
     log_every: int = 10  # steps between step lines
     save_every: int = 500  # steps between checkpoints
@@ -414,6 +467,8 @@ class RunConfig(_Section):
         _one_of("run.mode", self.mode, ("graph", "eager"))
         _one_of("run.kernels", self.kernels, ("native", "reference", "ascendc_host"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16", "float16"))
+        _one_of("run.shard", self.shard, ("none", "optimizer", "gradients"))
+        _at_least("run.sequence_parallel", self.sequence_parallel, 1)
         if self.kernels == "ascendc_host":
             _require(self.device == "CPU", f"run.kernels=ascendc_host with run.device={self.device}: it runs the "
                                            "AscendC sources on a CPU; on Ascend run.kernels=native calls them.")
@@ -434,7 +489,7 @@ class Recipe(_Section):
 
     recipe: str = MISSING  # its name
     scale: str = "tiny"  # smoke (seconds) | tiny (minutes on 2 cores) | 1b (the papers' values)
-    task: str = MISSING  # language_model | distill | grpo | evaluate
+    task: str = MISSING  # language_model | distill | grpo | evaluate | export
     seed: int = 0  # of initial weights, shuffling and sampling
     init_from: str | None = None  # a recipe's name, a run folder or a Hugging Face folder; null: random weights
     teacher: str | None = None  # the same, for distill
@@ -444,6 +499,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     kd: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -451,7 +507,7 @@ class Recipe(_Section):
     def check(self):
         _one_of("scale", self.scale, ("smoke", "tiny", "1b"))
         _at_least("seed", self.seed, 0)
-        _one_of("task", self.task, ("language_model", "distill", "grpo", "evaluate"))
+        _one_of("task", self.task, ("language_model", "distill", "grpo", "evaluate", "export"))
         _require(self.recipe != "sft_teacher" or self.scale != "1b",
                  "recipe=sft_teacher with scale=1b: at this scale the teacher is a model you bring, such as "
                  "openPangu-Embedded-7B; give its Hugging Face folder as teacher=... to a distillation recipe.")
@@ -463,6 +519,17 @@ class Recipe(_Section):
                  f"model.head_dim={self.model.head_dim} of recipe={self.recipe} with run.kernels=ascendc_host: the "
                  "attention operator takes 64 or 128; set model.head_dim=64 (of a teacher in its own run, then "
                  "teacher=<run folder>) or run.reference_ops=[attention].")
+        _require(self.train.moments_dtype == "float32" or self.run.device != "CPU" or
+                 (self.run.kernels != "reference" and "adamw" not in self.run.reference_ops),
+                 "train.moments_dtype=bfloat16 on a CPU needs the adamw kernel: run.kernels=native, without adamw in "
+                 "run.reference_ops.")
+        parallel = self.run.sequence_parallel
+        _require(self.model.num_kv_heads % parallel == 0,
+                 f"run.sequence_parallel={parallel}: each rank gets its share of the heads, so expected a divisor of "
+                 f"model.num_kv_heads={self.model.num_kv_heads}.")
+        _require(self.train.micro_batch_rows * self.data.seq_len % parallel == 0,
+                 f"run.sequence_parallel={parallel}: expected a divisor of train.micro_batch_rows * data.seq_len = "
+                 f"{self.train.micro_batch_rows * self.data.seq_len}.")
         _require((self.train.rows_per_step == 0) == (self.task == "grpo"),
                  f"train.rows_per_step={self.train.rows_per_step} with task={self.task}: expected 0 for grpo, whose "
                  "rows are as many as its answers fill, and at least 1 for the others.")

@@ -33,15 +33,17 @@ from .config import (
     recipe_names,
     recipes_folder,
 )
-from .data.batches import PackedBatches, documents_to_samples, tokenized_to_samples
+from .data.batches import PackedBatches, SequenceShare, documents_to_samples, tokenized_to_samples
 from .data.chat import decode_response, encode_chat, encode_prompt, list_stretches, template_digest
 from .data.corpus import file_digests, load_corpus
 from .data.documents import task_type
-from .data.shards import ShardFolder
+from .data.shards import ShardFolder, SharedShards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .rewards.router import Rewards
 from .rewards.score import Response
+from .runtime import cluster
 from .runtime.checkpoint import lock_folder, newest_checkpoint, write_atomic
+from .runtime.cluster import world
 from .runtime.device import activation_dtype, describe_environment, start
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
@@ -68,7 +70,10 @@ class Upstream(NamedTuple):
 # ---- Entry points ----------------------------------------------------------------------------------------------------
 
 def entry_point(function):
-    """A Hydra application: compose and check the recipe, then call function(recipe, overrides of the command line)."""
+    """A Hydra application: compose and check the recipe, then call function(recipe, overrides of the command line).
+
+    msrun starts it once for every rank, and once as scheduler.
+    """
 
     @hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name="config")
     def main(composed):
@@ -76,9 +81,13 @@ def entry_point(function):
             function(checked(composed), list(HydraConfig.get().overrides.task))
 
     def checked_main():
+        if cluster.is_scheduler():
+            raise SystemExit(cluster.run_scheduler())
         with _clear_errors():
             check_fields(sys.argv[1:])
+            cluster.join()
         main()
+        world().leave()
 
     return checked_main
 
@@ -89,16 +98,26 @@ def _clear_errors():
     try:
         yield
     except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
+        world().fail(str(error))
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except Exception as error:
+        world().fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def require_alone(command):
+    """Refuse msrun's ranks where the work is not divided."""
+    if world().size > 1:
+        raise ValueError(f"{command} runs in one process: start it without msrun.")
 
 
 def train(recipe, overrides):
     """Run a recipe to its end and return its run folder; what it stands on is built first, or reused."""
-    if recipe.task == "evaluate":
-        raise ValueError(f"recipe={recipe.recipe} trains nothing: python -m mindpangu.evaluate runs it.")
+    if recipe.task in ("evaluate", "export"):
+        raise ValueError(f"recipe={recipe.recipe} trains nothing: python -m mindpangu.{recipe.task} runs it.")
     with Plan(recipe, overrides) as plan:
-        if plan.is_done():
+        if world().on_main("look for the run", plan.is_done):
             say(f"{recipe.recipe}: already complete in {plan.folder}")
         else:
             run = {"language_model": _train_language_model, "distill": _distill, "grpo": _train_grpo}[recipe.task]
@@ -154,7 +173,7 @@ class Plan:
         self.tokenizer = self._tokenizer()
         self._check_models()
         fields = as_dict(recipe)
-        for section in ("run", "eval", "init_from", "teacher", "scale", "recipe"):
+        for section in ("run", "eval", "export", "init_from", "teacher", "scale", "recipe"):
             fields.pop(section, None)
         if recipe.task != "distill":
             del fields["kd"]
@@ -176,6 +195,13 @@ class Plan:
         if corpus.num_unused:
             say(f"data.num_examples={self.recipe.data.num_examples}: {corpus.num_unused} more examples are not used")
         return corpus
+
+    @functools.cached_property
+    def ranks(self):
+        """How the work is divided. Only after the process has started: it imports MindSpore."""
+        from .runtime.distributed import Ranks
+
+        return Ranks(world(), self.recipe.run.sequence_parallel)
 
     @functools.cached_property
     def rewards(self):
@@ -209,12 +235,15 @@ class Plan:
         return (self.folder / "done.json").exists()
 
     def begin(self):
-        """Lock the run folder and write down what runs in it. Returns the lock."""
-        lock = lock_folder(self.folder)
-        self.is_done()
-        write_atomic(self.folder / "run.json", json.dumps({"key": self.key, "recipe": as_dict(self.recipe)}, indent=1))
-        write_atomic(self.folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(self.recipe))))
-        write_atomic(self.folder / "env.json", describe_environment(self.recipe.run))
+        """Lock the run folder and write down what runs in it. Returns the lock, a context."""
+        lock = _lock(self.folder)
+        if world().is_main:
+            self.is_done()
+            write_atomic(self.folder / "run.json",
+                         json.dumps({"key": self.key, "recipe": as_dict(self.recipe)}, indent=1))
+            write_atomic(self.folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(self.recipe))))
+            write_atomic(self.folder / "env.json", describe_environment(self.recipe.run))
+        world().gather(f"begin {self.folder}")
         return lock
 
     def _input_digests(self):
@@ -242,7 +271,7 @@ class Plan:
         else:
             upstream = load_recipe(command)
             plan = Plan(upstream, command)
-            if not plan.is_done():
+            if not world().on_main("look for an upstream run", plan.is_done):
                 say(f"{self.recipe.recipe} needs {field}={reference}: building it in {plan.folder}")
                 train(upstream, command)
         return _finished_run(field, plan.folder)
@@ -273,11 +302,12 @@ class Plan:
         del fields["seq_len"], fields["train"], fields["heldout"]
         folder = self.root / f"tokenizer-{make_key('tokenizer', fields, self.files)}"
         path = folder / "tokenizer.model"
-        if not path.exists():
+        if world().is_main and not path.exists():
             with lock_folder(folder):
                 texts = _plain_texts(load_corpus(examples).train[:_TOKENIZER_EXAMPLES], stretches=True)
                 train_tokenizer(texts, model.vocab_size, path)
                 say(f"tokenizer: {model.vocab_size} pieces from {len(texts)} stretches of text, {path}")
+        world().gather("train a tokenizer")
         return Tokenizer(path)
 
     def _check_models(self):
@@ -313,6 +343,21 @@ def _inherited(overrides, names):
     names_and_overrides = [(override.split("=")[0].lstrip("+~"), override) for override in overrides]
     return [override for name, override in names_and_overrides
             if name != "run.dir" and (name in names or f"{name.split('.')[0]}." in names)]
+
+
+def _lock(folder):
+    """A context in which no other run writes to the folder; of several ranks the first holds the lock."""
+    lock = lock_folder(folder) if world().is_main else contextlib.nullcontext()
+    world().gather(f"lock {folder}")
+    return lock
+
+
+def _open_shards(folder, binding, num_shards):
+    """ShardFolder, made by the first rank if it is not there."""
+    if world().is_main:
+        ShardFolder.open(folder, binding, num_shards)
+    world().gather(f"open {folder}")
+    return ShardFolder.open(folder, binding, num_shards)
 
 
 def _require_upstream(field, command):
@@ -406,8 +451,16 @@ def _pack(plan, samples, seed):
     if not samples.is_target.any():
         raise ValueError("nothing is left to train on: no example or answer has a supervised token; check data.train "
                          f"and rollout.drop={plan.recipe.rollout.drop}.")
+    ranks, num_data = plan.ranks, plan.ranks.num_data
+    if train.rows_per_step % num_data:
+        raise ValueError(f"train.rows_per_step={train.rows_per_step} can't be divided among {num_data} ranks with rows "
+                         "of their own: change one of the two.")
+    # Which does not change a gradient.
+    micro_batch_rows = max(rows for rows in range(1, train.micro_batch_rows + 1)
+                           if train.rows_per_step // num_data % rows == 0)
     batches = PackedBatches(samples, seq_len=plan.recipe.data.seq_len, rows_per_step=train.rows_per_step,
-                            micro_batch_rows=train.micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed)
+                            micro_batch_rows=micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed,
+                            share=(ranks.data_rank, num_data))
     dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
     say(f"data: {batches.num_samples} samples in {batches.num_rows} rows of {batches.seq_len} tokens, fill "
         f"{batches.fill:.1%}, {batches.num_targets} supervised tokens{dropped}")
@@ -433,7 +486,20 @@ def _student(plan):
     model = Pangu(recipe.model, recipe.seed, DTYPES[activation_dtype(recipe.run)], zero_weights=plan.init is not None)
     if plan.init:
         load_weights(model, plan.init.folder)
+    if recipe.run.recompute:
+        for layer in model.layers:
+            layer.recompute()
+    if plan.ranks.num_sequence > 1:
+        from .ops.collectives import split_heads, split_tokens
+
+        model.split_sequences(split_heads(plan.ranks.sequence_group), split_tokens(plan.ranks.sequence_group))
     return model
+
+
+def _share_tokens(plan, batches):
+    """Batches, or this rank's share of their tokens."""
+    ranks = plan.ranks
+    return batches if ranks.num_sequence == 1 else SequenceShare(batches, ranks.sequence_rank, ranks.num_sequence)
 
 
 def _generator(plan, model, **sampling):
@@ -452,7 +518,7 @@ def _validator(plan, model, loss_fn, metric_names, heldout_samples):
     recipe = plan.recipe
     heldout_loss = HeldoutLoss(loss_fn, metric_names, heldout_samples, seq_len=recipe.data.seq_len,
                                num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
-                               mode=recipe.run.mode)
+                               ranks=plan.ranks, mode=recipe.run.mode)
     measure = _accuracy(plan, model) if recipe.data.dress != "text" else None
 
     def evaluate(step):
@@ -476,11 +542,13 @@ def _accuracy(plan, model):
     generator, prompts = _generator(plan, model, temperature=0.0), _prompts(plan, examples)
 
     def measure(step):
-        accuracy, shown = measure_accuracy(generator, plan.tokenizer, prompts, examples, plan.rewards.are_correct)
-        folder = plan.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / f"step-{step:06d}.jsonl",
-                     "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in shown))
+        accuracy, shown = measure_accuracy(generator, plan.tokenizer, prompts, examples, plan.rewards.are_correct,
+                                           world())
+        if world().is_main:
+            folder = plan.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / f"step-{step:06d}.jsonl",
+                         "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in shown))
         return accuracy
 
     return measure
@@ -515,6 +583,7 @@ def _loop(plan, model, loss_fn, metric_names, num_steps):
 
     loop = Loop(loss_fn, metric_names, model.trainable_params(), train=recipe.train, run=recipe.run,
                 num_steps=num_steps, folder=plan.folder, save_model=lambda folder: _save_model(plan, model, folder),
+                ranks=plan.ranks,
                 flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
                 peak_flops=recipe.run.peak_tflops * 1e12 or None)
     return loop, loop.resume(lambda checkpoint: load_weights(model, checkpoint))
@@ -537,13 +606,16 @@ def _finish(plan, loop, first, last):
     summary = {"seconds": round(loop.seconds(), 1), "peak_memory_gib": round(peak_memory_gib(), 3),
                "before": first, "after": last}
     loop.finish(summary)
-    write_atomic(plan.folder / "report.html", draw_report([read_run(plan.folder)]))
+    if world().is_main:
+        write_atomic(plan.folder / "report.html", draw_report([read_run(plan.folder)]))
+    world().gather("finish the run")
     pairs = "  ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last if name in first)
     say(f"{plan.recipe.recipe}: done in {format_seconds(summary['seconds'])}, {pairs}; {plan.folder}")
 
 
 def _heldout_history(plan):
     """First and last held-out numbers in metrics.jsonl, {name: number} each."""
+    world().gather("read the metrics")  # which the first rank has written
     rows = []
     for line in (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = {name[8:]: value for name, value in json.loads(line).items() if name.startswith("heldout/")}
@@ -568,7 +640,7 @@ def _train_language_model(plan):
         _say_run(plan, model, num_steps)
         value_fn = language_model.make_loss(model, recipe.data.seq_len, recipe.run.logits_chunk, gradients=False)
         evaluate = _validator(plan, model, value_fn, language_model.METRICS, _tokenize(plan, plan.corpus.heldout))
-        loop.fit(batches, num_steps, lambda: evaluate(loop.step))
+        loop.fit(_share_tokens(plan, batches), num_steps, lambda: evaluate(loop.step))
         _finish(plan, loop, *_heldout_history(plan))
 
 
@@ -619,25 +691,27 @@ def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
                            f"new={rollout.max_new_tokens}{' by a server' * (rollout.engine == 'openai')}"}
     folder = folder or plan.root / f"answers-{recipe.scale}-{make_key('answers', rollout.num_slots, binding)}"
     num_shards = -(-len(examples) // rollout.prompts_per_shard)
-    shards = ShardFolder.open(folder, binding, num_shards)
+    shards = _open_shards(folder, binding, num_shards)
     if shards.complete:
         return shards
     start(recipe.run)
     from .distillation.sample import sample_answers
 
-    with lock_folder(folder):
-        shards = ShardFolder.open(folder, binding, num_shards)  # another run may have written some meanwhile
+    with _lock(folder):
+        shards = _open_shards(folder, binding, num_shards)  # another run may have written some meanwhile
         if shards.complete:
             return shards
         started = time.monotonic()
         say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
         generator = _sampler(plan, by, model)
         if rollout.engine == "openai":
-            generator.load(binding["model"])
-        with Reporter("rollout shards", num_shards, num_shards - len(shards.missing())) as reporter:
+            world().on_main("hand weights over", lambda: generator.load(binding["model"]))
+        with Reporter("rollout shards", num_shards, shards.num_done) as reporter:
             sample_answers(generator, _prompts(plan, examples), samples_per_prompt=samples_per_prompt,
-                           seed=recipe.seed, prompts_per_shard=rollout.prompts_per_shard, shards=shards,
-                           reporter=reporter)
+                           seed=recipe.seed, prompts_per_shard=rollout.prompts_per_shard,
+                           shards=SharedShards(shards, world()), reporter=reporter)
+        if not world().is_main:
+            return shards
         answers = [_read_answers(shards, i) for i in range(num_shards)]
         count, tokens = sum(map(len, answers)), sum(len(a.logprobs) for a in answers)
         truncated = sum(int(a.truncated.sum()) for a in answers)
@@ -674,11 +748,11 @@ def _annotations(plan, split, model=None, folder=None):
                "top_k": str(recipe.kd.top_k), "seq_len": str(data.seq_len), **source}
     folder = (folder / "annotations" if folder else
               plan.root / f"annotations-{recipe.scale}-{make_key('annotations', None, binding)}")
-    shards = ShardFolder.open(folder, binding, num_shards)
+    shards = _open_shards(folder, binding, num_shards)
     if shards.complete:
         return shards
 
-    dropped = {}
+    dropped = Counter()
 
     def samples_of(i):
         if by_label:
@@ -686,21 +760,24 @@ def _annotations(plan, split, model=None, folder=None):
             return _fitting(plan, _tokenize(plan, chosen))
         return _kept_samples(plan, examples, _read_answers(answers, i), drop, dropped)
 
-    with lock_folder(folder):
-        shards = ShardFolder.open(folder, binding, num_shards)  # another run may have written some meanwhile
+    with _lock(folder):
+        shards = _open_shards(folder, binding, num_shards)  # another run may have written some meanwhile
         if shards.complete:
             return shards
         started = time.monotonic()
         say(f"annotate: the teacher scores the {'reference ' if by_label else ''}answers to {len(examples)} {split} "
             f"prompts, top {recipe.kd.top_k}, in {folder}")
-        with Reporter("annotated shards", num_shards, num_shards - len(shards.missing())) as reporter:
-            annotate_shards(_annotator(plan), samples_of, shards, reporter)
+        with Reporter("annotated shards", num_shards, shards.num_done) as reporter:
+            annotate_shards(_annotator(plan), samples_of, SharedShards(shards, world()), reporter)
+        dropped = sum(map(Counter, world().gather("count what was dropped", dropped)), Counter())
         tokens = sum(int(shards.read(i)["topk.sizes"][2]) for i in range(num_shards))
         topk_bytes = sum(path.stat().st_size for path in folder.glob("*.shard"))
         kept = "".join(f", {count} {name} dropped" for name, count in dropped.items())
         if tokens == 0:
             raise ValueError(f"rollout.drop={rollout.drop} leaves no answer{kept}: drop less, or train the student "
                              "longer first.")
+        if not world().is_main:
+            return shards
         _note(folder, started, f"annotate: {tokens} supervised tokens{kept}, {topk_bytes / max(1, tokens):.1f} bytes "
               "each with their prompts", {"supervised_tokens": tokens, "bytes": topk_bytes, "dropped": dropped})
     return shards
@@ -724,7 +801,7 @@ def _kept_samples(plan, examples, answers, criteria, dropped):
     unwanted = find_unwanted(answers, criteria, min_tokens=rollout.min_tokens, max_repeats=rollout.max_repeats,
                              is_wrong=is_wrong)
     for name, flags in unwanted.items():
-        dropped[name] = dropped.get(name, 0) + int(flags.sum())
+        dropped[name] += int(flags.sum())
     return answers_to_samples(answers, ~np.logical_or.reduce(list(unwanted.values())))
 
 
@@ -791,10 +868,11 @@ def _distill(plan):
                                 recipe.seed + segment)
             if state and state["segment"] == segment:
                 batches.load_state_dict(state["batches"])
-            loop.fit(batches, bounds[segment + 1], lambda: evaluate(loop.step), {"segment": segment})
+            loop.fit(_share_tokens(plan, batches), bounds[segment + 1], lambda: evaluate(loop.step),
+                     {"segment": segment})
         after = _annotations(plan, "heldout", model, plan.folder / "heldout-after")
         own = HeldoutLoss(value_fn, distill.METRICS, read_annotated(after), seq_len=recipe.data.seq_len,
-                          num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id,
+                          num_rows=recipe.train.micro_batch_rows, pad_id=recipe.model.pad_id, ranks=plan.ranks,
                           mode=recipe.run.mode).measure()
         before, last = _heldout_history(plan)
         # Before training, the held-out answers are the student's own; after it, it has answered anew.
@@ -806,7 +884,7 @@ def _distill(plan):
 
 def _train_grpo(plan):
     recipe = plan.recipe
-    plan.rewards.check(plan.corpus.train)
+    world().on_main("check the problems", lambda: plan.rewards.check(plan.corpus.train))
     kinds = Counter(task_type(problem) for problem in plan.corpus.train)
     say(f"rewards: {', '.join(f'{count} {kind} problems' for kind, count in sorted(kinds.items()))}" +
         (f"; code runs {plan.rewards.verifier('code').isolation}" if "code" in kinds else ""))
@@ -836,7 +914,7 @@ def _train_grpo(plan):
             folder=plan.folder / "rollouts", sampler=sampler,
             hand_over=sampler.load if recipe.rollout.engine == "openai" else None,
             score_groups=plan.rewards.score_groups, policy=_logprob_scorer(plan, model, temperature),
-            reference=reference, digest=lambda: parameters_digest(model),
+            reference=reference, digest=lambda: parameters_digest(model), ranks=plan.ranks,
             progress=lambda total: Reporter("rollout shards", total, within=True))
         if state:
             batches.load_state_dict(state["batches"])
@@ -847,7 +925,7 @@ def _train_grpo(plan):
             measured = measure(loop.step)
             return measured, measured["accuracy"]
 
-        loop.fit(batches, num_steps, evaluate if measure else None)
+        loop.fit(_share_tokens(plan, batches), num_steps, evaluate if measure else None)
         _finish(plan, loop, *(_heldout_history(plan) if measure else ({}, {})))
 
 
@@ -869,6 +947,12 @@ def _solved_sometimes(plan):
     if not grpo.pass_rate_samples:
         return list(range(len(problems)))
     shards = _answers(plan, "train", samples_per_prompt=grpo.pass_rate_samples)
+    return world().on_main("grade the answers", lambda: _grade(plan, shards))
+
+
+def _grade(plan, shards):
+    """See `_solved_sometimes`."""
+    grpo, problems = plan.recipe.grpo, plan.corpus.train
     path = shards.folder / f"pass-rates-{make_key('pass rates', as_dict(plan.recipe.rewards), None)}.json"
     if not path.is_file():
         started = time.monotonic()

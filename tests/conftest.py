@@ -3,6 +3,8 @@
 import runpy
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,18 @@ def smoke(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def memorised_run(tmp_path_factory):
+    """Run folder of a small model that knows its 20 problems, thoughts included, by heart."""
+    folder = tmp_path_factory.mktemp("memorised")
+    done = subprocess.run([sys.executable, "-m", "mindpangu.train", "recipe=sft_reasoning", "scale=smoke",
+                           "init_from=null", "data.num_examples=20", "data.num_heldout=1", "train.steps=300",
+                           "train.rows_per_step=4", "train.micro_batch_rows=4", "run.save_every=1000", "run.dir=run"],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def running_judge():
     """The context manager of rewards/judge_server.py: a judge in a process of its own, behind HTTP."""
     return runpy.run_path(str(Path(__file__).parent / "rewards" / "judge_server.py"))["running_judge"]
@@ -122,3 +136,26 @@ def judge_server(judge_process):
     """A judge in its first state: no faults, an empty log."""
     judge_process.set()
     return judge_process
+
+
+@pytest.fixture
+def as_ranks():
+    """as_ranks(size, function) -> [function(world) of every rank]: ranks as threads, which meet as processes would."""
+    from mindpangu.runtime.cluster import World
+
+    def run(size, function):
+        barrier, values = threading.Barrier(size, timeout=30), {}
+
+        class Rank(World):
+            def gather(self, what, value=None):
+                values[self.rank] = what, value
+                barrier.wait()
+                everyone = [values[rank] for rank in range(size)]
+                barrier.wait()
+                assert {other for other, _ in everyone} == {what}
+                return [value for _, value in everyone]
+
+        with ThreadPoolExecutor(size) as threads:
+            return list(threads.map(lambda rank: function(Rank(rank, size)), range(size)))
+
+    return run

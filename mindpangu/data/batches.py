@@ -185,7 +185,8 @@ class PackedBatches(PackedRows):
     """An endless iterator of Batch over epochs; its place is three integers.
 
     rows_per_step: rows per optimizer step, a multiple of micro_batch_rows. seed: the rows of epoch e are shuffled by
-    (seed, e). The rest as PackedRows.
+    (seed, e). share: (i, n) for the i-th of n equal shares of every step's micro-batches, one for each rank. The rest
+    as PackedRows.
 
     An epoch whose last step is incomplete fills it with the first rows of the next epoch's order, and the next epoch
     goes on behind them: over E epochs' worth of rows every row is seen E times.
@@ -193,18 +194,20 @@ class PackedBatches(PackedRows):
     """
 
     def __init__(
-        self, samples, *, seq_len, rows_per_step, micro_batch_rows, pad_id, seed, on_long="drop", max_documents=None
+        self, samples, *, seq_len, rows_per_step, micro_batch_rows, pad_id, seed, on_long="drop", max_documents=None,
+        share=(0, 1),
     ):
-        if min(seq_len, rows_per_step, micro_batch_rows) < 1 or rows_per_step % micro_batch_rows:
+        if min(seq_len, rows_per_step, micro_batch_rows) < 1 or rows_per_step % (micro_batch_rows * share[1]):
+            ranks = f" times {share[1]} ranks" if share[1] > 1 else ""
             raise ValueError(
                 f"seq_len={seq_len}, rows_per_step={rows_per_step}, micro_batch_rows={micro_batch_rows}: all have to "
-                "be positive and rows_per_step a multiple of micro_batch_rows; change one of the two."
+                f"be positive and rows_per_step a multiple of micro_batch_rows{ranks}; change one of the two."
             )
         super().__init__(
             samples, seq_len=seq_len, micro_batch_rows=micro_batch_rows, pad_id=pad_id, on_long=on_long,
             max_documents=max_documents,
         )
-        self.rows_per_step, self.seed = rows_per_step, seed
+        self.rows_per_step, self.seed, self.share = rows_per_step, seed, share
         if not self._row_targets.all():
             bare = np.flatnonzero(self._row_targets == 0)
             row = bare[0]
@@ -257,7 +260,59 @@ class PackedBatches(PackedRows):
                 self._epoch, self._row = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
         self._step += 1
-        return self.assemble(np.array(rows).reshape(-1, self.micro_batch_rows))
+        i, n = self.share
+        return self.assemble(np.array(rows).reshape(-1, self.micro_batch_rows)[i::n])
+
+
+class _Part(NamedTuple):
+    tensors: tuple
+    num_micro_batches: int
+    num_tokens: int
+
+    def arrays(self):
+        return self.tensors
+
+
+class SequenceShare:
+    """Batches of which this rank takes the part-th of num_parts shares of the tokens, see `split_sequence`."""
+
+    def __init__(self, batches, part, num_parts):
+        self.batches, self.part, self.num_parts = batches, part, num_parts
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
+        self.take_metrics = batches.take_metrics
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        return _Part(split_sequence(batch.arrays(), self.part, self.num_parts), batch.num_micro_batches,
+                     batch.num_tokens)
+
+
+def split_sequence(arrays, part, num_parts):
+    """The part-th of num_parts shares of a batch's arrays: an equal piece of every micro-batch's tokens, and the
+    targets that are predicted at them.
+
+    arrays: in the order of Batch.arrays(), the weights behind the labels. cu_seqlens stays that of all tokens. The
+    number of target slots is the same for all parts: what one can have at most.
+    """
+    tokens_AT, positions_AT, cu_seqlens_AC, index_AS, *targets = arrays
+    num_tokens = tokens_AT.shape[1] // num_parts
+    assert num_tokens * num_parts == tokens_AT.shape[1]
+    own = slice(part * num_tokens, (part + 1) * num_tokens)
+    is_own_AS = (targets[1] != 0) & (index_AS >= own.start) & (index_AS < own.stop)
+    # The own ones first, in their order; what follows is cleared.
+    slots_AS = np.argsort(~is_own_AS, axis=1, kind="stable")[:, :min(index_AS.shape[1], -(-num_tokens // 8) * 8)]
+    is_used_AS = np.take_along_axis(is_own_AS, slots_AS, 1)
+
+    def chosen(array):
+        shape = slots_AS.shape + (1,) * (array.ndim - 2)
+        taken = np.take_along_axis(array, slots_AS.reshape(shape), 1)
+        return np.where(is_used_AS.reshape(shape), taken, np.zeros((), array.dtype))
+
+    index = np.where(is_used_AS, chosen(index_AS) - own.start, 0).astype(index_AS.dtype)
+    return (tokens_AT[:, own], positions_AT[:, own], cu_seqlens_AC, index, *map(chosen, targets))
 
 
 def _ranges(starts, lengths):

@@ -7,6 +7,7 @@ Special pieces go in by id, never as text, so no content can open or close a tur
 (a stretch: role label and content together) is one call of the tokenizer, as in the released tokenizer's own ids.
 """
 # T tokens
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,29 @@ def template_digest():
     constants = [str(LAYOUT), *SPECIAL_PIECES.values()]
     constants += [text for role_and_label in ROLE_LABELS.items() for text in role_and_label]
     return xxhash.xxh3_64_hexdigest("\n".join(constants).encode())
+
+
+def jinja_template():
+    """The template for programs that render one: transformers, llama.cpp. It writes special pieces by name.
+
+    An assistant's thoughts are its reasoning_content, as in the files of conversations.
+    """
+    pieces, labels = SPECIAL_PIECES, json.dumps(ROLE_LABELS, ensure_ascii=False)
+    return (f"{{%- set labels = {labels} -%}}"
+            "{{- bos_token -}}"
+            "{%- if not messages or messages[0].role != 'system' -%}"
+            f"{{{{- '{pieces['turn_start']}{ROLE_LABELS['system']}{pieces['turn_end']}' -}}}}"
+            "{%- endif -%}"
+            "{%- for message in messages -%}"
+            f"{{{{- '{pieces['turn_start']}' + labels[message.role] -}}}}"
+            "{%- if message.reasoning_content -%}"
+            f"{{{{- '{pieces['think_open']}' + message.reasoning_content + '{pieces['think_close']}' -}}}}"
+            "{%- endif -%}"
+            f"{{{{- message.content + '{pieces['turn_end']}' -}}}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}"
+            f"{{{{- '{pieces['turn_start']}{ROLE_LABELS['assistant']}' -}}}}"
+            "{%- endif -%}")
 
 
 def _with_system(messages):

@@ -130,15 +130,31 @@ class ShardFolder:
         recorded = self._manifest["shards"]
         return [i for i in range(self.num_shards) if str(i) not in recorded or not self._path(i).exists()]
 
+    @property
+    def num_done(self):
+        return self.num_shards - len(self.missing())
+
     def write(self, i, arrays):
         """Writes shard i and records it as finished; removes what a killed writer left behind."""
-        assert 0 <= i < self.num_shards
+        self.remove_leftovers()
+        # The file first: a shard in the manifest is always on disk. Killed in between, the shard is written again.
+        self.record({str(i): self.write_file(i, arrays)})
+
+    def remove_leftovers(self):
         for leftover in Path(self.folder).glob("*" + _ASIDE):
             leftover.unlink()
+
+    def write_file(self, i, arrays):
+        """Writes shard i; returns its entry of the manifest, for `record`."""
+        assert 0 <= i < self.num_shards
         digest = write_shard(self._path(i), arrays)
-        # The file first: a shard in the manifest is always on disk. Killed in between, the shard is written again.
-        self._manifest["shards"][str(i)] = {"bytes": self._path(i).stat().st_size, "xxh3_128": digest}
-        self._write_manifest()
+        return {"bytes": self._path(i).stat().st_size, "xxh3_128": digest}
+
+    def record(self, entries, on_disk=True):
+        """Adds {number: entry} of files that are there to the manifest."""
+        self._manifest["shards"].update(entries)
+        if on_disk:
+            self._write_manifest()
 
     def read(self, i):
         """Returns the arrays of shard i, checked against the manifest's length and checksum."""
@@ -164,6 +180,47 @@ class ShardFolder:
         # Numeric order, so that the bytes don't depend on the order in which shards were finished.
         ordered = {**self._manifest, "shards": {i: shards[i] for i in sorted(shards, key=int)}}
         write_aside(self.folder / "manifest.json", (json.dumps(ordered, indent=1) + "\n").encode())
+
+
+class SharedShards:
+    """The missing shards of a ShardFolder, divided among ranks that write them side by side; rank 0 keeps the manifest.
+
+    world: a runtime.cluster.World. Every rank writes its `missing()` ones in order, then calls `finish`. They wait for
+    each other after every shard, so that what is in the manifest survives a kill.
+    """
+
+    def __init__(self, shards, world):
+        self._shards, self._world = shards, world
+        missing = shards.missing()
+        self._own = missing[world.rank::world.size]
+        self._rounds = -(-len(missing) // world.size)
+        if world.is_main:
+            shards.remove_leftovers()
+        world.gather("begin shards")
+        self.num_shards = shards.num_shards
+
+    @property
+    def num_done(self):
+        return self._shards.num_done
+
+    def missing(self):
+        return self._own
+
+    def write(self, i, arrays):
+        self._record({str(i): self._shards.write_file(i, arrays)})
+
+    def finish(self):
+        """Returns when the shards of all ranks are there, and known to this one's ShardFolder."""
+        while self._rounds:
+            self._record({})
+        self._world.gather("end shards")  # rank 0 has written the manifest
+
+    def _record(self, own):
+        self._rounds -= 1
+        for entries in self._world.gather("a shard", own):
+            self._shards.record(entries, on_disk=False)
+        if self._world.is_main:
+            self._shards.record({})
 
 
 def _read_manifest(path, wanted):

@@ -59,7 +59,7 @@ class Annotator:
 
 
 def annotate(annotator, samples_of, shards, reporter=None):
-    """Fill the missing shards of a ShardFolder; samples_of(i) -> Samples of shard i, without extras.
+    """Fill the missing shards of a SharedShards; samples_of(i) -> Samples of shard i, without extras.
 
     A shard holds the samples and, under "topk.", the codec's arrays, which stand for them: nothing else is needed to
     train. Every shard is made by itself, so a killed run that is started again writes the same bytes.
@@ -73,7 +73,8 @@ def annotate(annotator, samples_of, shards, reporter=None):
                              "is_target": np.packbits(samples.is_target),
                              **{f"topk.{name}": array for name, array in coded.items()}})
         if reporter:
-            reporter.advance(shards.num_shards - len(shards.missing()))
+            reporter.advance(shards.num_done)
+    shards.finish()
 
 
 def read_annotated(shards):

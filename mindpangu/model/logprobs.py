@@ -27,7 +27,8 @@ class LogprobScorer:
         head = LogprobHead(chunk_size)
 
         def score_rows(tokens_T, positions_T, cu_seqlens_C, target_index_S, labels_S, weights_S):
-            hidden = ops.gather(model(tokens_T, positions_T, cu_seqlens_C, row_len), target_index_S, 0)
+            hidden_TD, _, _ = model.prefill(tokens_T, positions_T, cu_seqlens_C, row_len)
+            hidden = ops.gather(hidden_TD, target_index_S, 0)
             if temperature != 1.0:
                 hidden = hidden / temperature
             # As it is stored: the weight of a frozen bfloat16 model is not copied to float32 at every call.

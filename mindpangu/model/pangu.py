@@ -67,6 +67,13 @@ class Layer(nn.Cell):
         q, k, v = self.project_qkv(h_TD, cos, sin)
         return self.finish(h_TD, attention(q, k, v, cu_seqlens_C, row_len)), k, v
 
+    def of_share(self, h_TD, cos, sin, cu_seqlens_C, row_len, split_heads, split_tokens):
+        """As construct, for a rank that has T tokens of several ranks' rows; attention sees all of them for its share
+        of the heads. Returns h_TD."""
+        q, k, v = self.project_qkv(h_TD, cos, sin)
+        attended = attention(split_heads(q), split_heads(k), split_heads(v), cu_seqlens_C, row_len)
+        return self.finish(h_TD, split_tokens(attended))
+
     def decode(self, h_BD, cos, sin, k_cache, v_cache, positions_B):
         """One new token per sequence; the caches are Parameters [B, M, S, H], written in place at positions_B."""
         q, k, v = self.project_qkv(h_BD, cos, sin)
@@ -105,6 +112,12 @@ class Pangu(nn.Cell):
         if frozen_dtype is not None:
             for parameter in self.get_parameters():
                 parameter.requires_grad = False
+        self.exchanges = None
+
+    def split_sequences(self, split_heads, split_tokens):
+        """From now on construct gets this rank's share of the tokens (Ulysses, arXiv:2309.14509); cells of
+        ops.collectives."""
+        self.exchanges = nn.CellList([split_heads, split_tokens])
 
     def head_weight(self):
         """The output projection [V, D], in the activations' dtype."""
@@ -123,10 +136,17 @@ class Pangu(nn.Cell):
     def construct(self, tokens_T, positions_T, cu_seqlens_C, row_len):
         """Hidden states [T, D] of packed rows after the final norm.
 
-        tokens_T, positions_T int32; cu_seqlens_C int64 and row_len as in ops.attention.
+        tokens_T, positions_T int32; cu_seqlens_C int64 and row_len as in ops.attention. After split_sequences T counts
+        this rank's tokens, and cu_seqlens_C those of all ranks.
         """
-        hidden, _, _ = self.prefill(tokens_T, positions_T, cu_seqlens_C, row_len)
-        return hidden
+        if self.exchanges is None:
+            hidden, _, _ = self.prefill(tokens_T, positions_T, cu_seqlens_C, row_len)
+            return hidden
+        cos, sin = rope_tables(positions_T, self.inverse_frequencies, self.dtype)
+        h = self.embed(tokens_T)
+        for layer in self.layers:
+            h = layer.of_share(h, cos, sin, cu_seqlens_C, row_len, self.exchanges[0], self.exchanges[1])
+        return self.final_norm(h)
 
     def prefill(self, tokens_T, positions_T, cu_seqlens_C, row_len):
         """As construct, and every layer's keys and values: hidden_TD, tuple of k_TMH, tuple of v_TMH."""

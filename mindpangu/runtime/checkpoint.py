@@ -1,9 +1,10 @@
 """Checkpoints: a folder per step, complete or absent. Also the run folder's lock. Knows no model.
 
-    checkpoints/step-000300/    what save_model writes, optimizer.safetensors, state.json
+    checkpoints/step-000300/    what save_model writes, optimizer-00001-of-00004.safetensors ..., state.json
     checkpoints/best            a link to the step with the best validation
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,10 +13,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -87,35 +88,43 @@ def newest_checkpoint(folder):
     return checkpoints[max(checkpoints)] if checkpoints else None
 
 
-def save_checkpoint(folder, step, save_model, optimizer_arrays, state):
-    """Write checkpoints/step-<step> of a run folder: aside, synced, then renamed.
+def save_checkpoint(folder, step, save_model, optimizer_arrays, state, world, part=(0, 1)):
+    """Write checkpoints/step-<step> of a run folder: aside, synced, then renamed. Every rank has to call it.
 
-    save_model(path) writes the model's files; optimizer_arrays: {name: float32 array}; state: JSON-able, small.
+    save_model(path), called on rank 0, writes the model's files; optimizer_arrays: {name: flat array}, this
+    rank's chunks, which it writes itself as the i-th of n with part=(i, n); whole arrays are written by rank 0 alone;
+    state: JSON-able, small, rank 0's counts.
     Raises OSError (full disk, no permission) that names the path; checkpoints already there stay as they were.
     """
     parent = Path(folder, "checkpoints")
     final = parent / f"step-{step:06d}"
     aside = parent / f".writing-step-{step:06d}"
-    try:
+
+    def begin():
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(".writing-*"):  # of a killed run
             shutil.rmtree(leftover)
         if final.exists():
-            return final
+            return False
         aside.mkdir()
-        save_model(aside)
-        try:
-            save_file(optimizer_arrays, aside / "optimizer.safetensors")
-        except SafetensorError as error:  # its message ends in "(os error 28)" and the like
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code.group(1)) if code else 5, str(error)) from error
-        write_atomic(aside / "state.json", json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        fsync_folder(aside)
-        os.rename(aside, final)
-        fsync_folder(parent)
+        return True
+
+    try:
+        if not world.on_main("begin a checkpoint", begin):
+            return final
+        if world.is_main or part[1] > 1:
+            _write_optimizer(aside / _optimizer_file(*part), optimizer_arrays)
+        if world.is_main:
+            save_model(aside)
+            write_atomic(aside / "state.json", json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}))
+        world.gather("write a checkpoint")
+        if world.is_main:
+            for path in aside.iterdir():
+                _fsync(path)
+            fsync_folder(aside)
+            os.rename(aside, final)
+            fsync_folder(parent)
+        world.gather("finish a checkpoint")
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = newest_checkpoint(folder)
@@ -139,20 +148,61 @@ def read_state(checkpoint):
     return state
 
 
-def load_optimizer(checkpoint, parameters):
-    """Set the given Parameters from optimizer.safetensors, by name."""
-    path = Path(checkpoint, "optimizer.safetensors")
+def load_optimizer(checkpoint, sizes, rank=0, num_ranks=1):
+    """{name: float32 array}: a rank's chunks of the optimizer's arrays, however many ranks wrote them.
+
+    sizes: {name: elements} of the whole arrays. A chunk is as in runtime.distributed, the whole array for one rank.
+    """
+    files = sorted(Path(checkpoint).glob("optimizer-*-of-*.safetensors"))
     try:
-        arrays = load_file(path)
+        num_written = int(files[0].stem.rpartition("-")[2]) if files else 0
+        if [file.name for file in files] != [_optimizer_file(r, num_written) for r in range(num_written)] or not files:
+            raise OSError(f"{len(files)} of {num_written or 'its'} optimizer files are there")
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "numpy")) for file in files]
+            found = {name: sum(file.get_slice(name).get_shape()[0] for file in opened) for name in opened[0].keys()}
+            expected = {name: num_written * -(-size // num_written) for name, size in sizes.items()}
+            if expected != found:
+                wrong = sorted(set(expected.items()) ^ set(found.items()))[:4]
+                raise ValueError(f"{files[0]}: belongs to another model, for example {wrong}; resume with the model it "
+                                 "was saved from, or start a new run.")
+            return {name: _read_chunk(opened, name, size, rank, num_ranks) for name, size in sizes.items()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: unreadable ({error}); delete {checkpoint} to resume from the one before.") from error
-    expected = {p.name: tuple(p.shape) for p in parameters}
-    found = {name: array.shape for name, array in arrays.items()}
-    if expected != found:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))[:4]
-        raise ValueError(f"{path}: belongs to another model, for example {wrong}; resume with the model it was saved "
-                         "from, or start a new run.")
-    return arrays
+        raise ValueError(f"{checkpoint}: optimizer state unreadable ({error}); delete {checkpoint} to resume from the "
+                         "one before.") from error
+
+
+def _read_chunk(files, name, size, rank, num_ranks):
+    """This rank's chunk of an array that is spread over files in chunks of another size."""
+    stored, chunk = -(-size // len(files)), -(-size // num_ranks)
+    first, last = min(size, rank * chunk), min(size, (rank + 1) * chunk)
+    array = np.zeros(chunk, np.float32)
+    for i, file in enumerate(files):
+        start, end = max(first, i * stored), min(last, (i + 1) * stored)
+        if start < end:
+            part = file.get_slice(name)[start - i * stored:end - i * stored]
+            if part.dtype == np.uint16:  # bfloat16, see as_arrays
+                part = (part.astype(np.uint32) << 16).view(np.float32)
+            array[start - first:end - first] = part
+    return array
+
+
+def _write_optimizer(path, arrays):
+    try:
+        save_file(arrays, path)
+    except SafetensorError as error:  # its message ends in "(os error 28)" and the like
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code.group(1)) if code else 5, str(error)) from error
+    _fsync(path)
+
+
+def _optimizer_file(rank, num_ranks):
+    return f"optimizer-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
+
+
+def _fsync(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def mark_best(folder, step):
@@ -177,5 +227,6 @@ def prune_checkpoints(folder, keep):
 
 
 def as_arrays(parameters):
-    """{name: float32 array} of Parameters."""
-    return {p.name: np.ascontiguousarray(p.asnumpy()) for p in parameters}
+    """{name: flat array} of float32 Parameters, or of bfloat16 ones their bits as uint16: NumPy has no such type."""
+    flat = {p.name: np.ascontiguousarray(p.asnumpy()).reshape(-1) for p in parameters}
+    return {name: array if array.dtype == np.float32 else array.view(np.uint16) for name, array in flat.items()}

@@ -6,6 +6,7 @@ import platform
 import sys
 from importlib.metadata import version
 
+from .cluster import world
 from .metrics import say
 
 _PACKAGES = ("mindspore", "numpy", "sentencepiece", "safetensors", "hydra-core")
@@ -30,7 +31,7 @@ def start(run):
             raise ValueError(f"run.device, kernels, reference_ops, precision, num_threads = {wanted}, but this process "
                              f"runs with {_started[0]}: start a new process.")
         return _started[1]
-    threads = run.num_threads or num_usable_cores()
+    threads = run.num_threads or max(1, num_usable_cores() // world().local_size)
     if "mindspore" not in sys.modules:
         # MindSpore logs framework-internal warnings by the hundred at its default level; errors are exceptions.
         os.environ.setdefault("GLOG_v", "3")
@@ -49,6 +50,10 @@ def start(run):
     from ..ops import kernels
 
     ms.set_device(run.device)
+    if world().size > 1:
+        from mindspore import communication
+
+        communication.init()
     ascendc = _ascendc(run, kernels)
     rounded = getattr(ms, run.precision) if run.kernels == "ascendc_host" else None
     chosen = kernels.select(run.kernels, run.reference_ops, run.device, path, ascendc, rounded)
@@ -56,7 +61,8 @@ def start(run):
                 "ascendc": "aclnn{} of ascend_kernels (not run on a device by its authors)",
                 "ascendc_host": "{} of ascend_kernels, on a model of the 910B",
                 "reference": "MindSpore's general operations"}
-    say(f"device {run.device}, {threads} threads, mode {run.mode}, {run.precision}")
+    several = f", rank 0 of {world().size}" * (world().size > 1)
+    say(f"device {run.device}{several}, {threads} threads, mode {run.mode}, {run.precision}")
     say(f"  {'op':<18}{'kernel':<14}backend")
     for op, kernel in chosen.items():
         say(f"  {op:<18}{kernel:<14}{backends[kernel].format(kernels.operator_of(op))}")
@@ -101,6 +107,6 @@ def activation_dtype(run):
 def describe_environment(run):
     """What the run ran on, for env.json."""
     return json.dumps({"python": platform.python_version(), "machine": platform.machine(),
-                       "cores": num_usable_cores(), "device": run.device, "kernels": run.kernels,
+                       "cores": num_usable_cores(), "ranks": world().size, "device": run.device, "kernels": run.kernels,
                        "precision": run.precision, "mode": run.mode,
                        "packages": {name: version(name) for name in _PACKAGES}}, indent=1)

@@ -2,12 +2,13 @@
 
 Contract of a loss function: loss_fn(*tensors) -> (loss_sum, metric_sums_M) on one micro-batch, where metric_sums_M[0]
 is the sum of the loss weights and the rest are weighted sums too. The loss is sum(w * l) / sum(w) over all
-micro-batches, so how a batch is split never changes a gradient; all averaging policy lives in the weights. A policy
-loss divides by weights of its own (see trainers.grpo): then metric_sums_M[0] is the sum of those. A batch whose
+micro-batches and ranks, so how a batch is split never changes a gradient; all averaging policy lives in the weights. A
+policy loss divides by weights of its own (see trainers.grpo): then metric_sums_M[0] is the sum of those. A batch whose
 metric_sums_M[0] is zero has nothing to learn from: its loss is zero, and nothing is updated.
 
 Contract of batches: an endless iterator of batches with state_dict(), load_state_dict(state) and take_metrics(). A
-batch has arrays() with a leading axis A, num_micro_batches (the first ones of A, the rest is room) and num_tokens.
+batch has arrays() with a leading axis A, num_micro_batches (the first ones of A, the rest is room) and num_tokens (of
+its rows): this rank's share of a step, of the same shapes and with as many micro-batches on every rank.
 
 A micro-batches of a step, M metrics.
 """
@@ -22,14 +23,16 @@ from mindspore import ParameterTuple, Tensor, ops
 
 from ..ops.adamw import global_norm
 from . import checkpoint as checkpoints
+from .distributed import Exchange, Ranks
 from .metrics import MetricsFile, Reporter, peak_memory_gib, say, step_line
-from .optim import AdamW, learning_rate
+from .optim import AdamW, WeightSharing, learning_rate
 
 
-def make_gradient_step(loss_fn, parameters, num_metrics):
+def make_gradient_step(loss_fn, parameters, num_metrics, exchange=None):
     """step(num_micro_batches, *arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum).
 
-    num_micro_batches: int32 scalar tensor, the first of A that are computed; at least 1.
+    num_micro_batches: int32 scalar tensor, the first of A that are computed; at least 1. exchange: sums the gradients
+    of every micro-batch over the ranks, so that only this rank's chunks of them are kept.
     """
     value_and_grad = ops.value_and_grad(loss_fn, None, parameters, has_aux=True)
 
@@ -39,18 +42,23 @@ def make_gradient_step(loss_fn, parameters, num_metrics):
             for array in batch:
                 first = first + (array[0],)
             (loss, metrics), grads = value_and_grad(*first)
+            if exchange is not None:
+                grads = exchange(grads)
         else:
             loss = ops.zeros((), ms.float32)
             metrics = ops.zeros((num_metrics,), ms.float32)
             grads = ()
-            for parameter in parameters:
-                grads = grads + (ops.zeros(parameter.shape, parameter.dtype),)
+            for j in range(len(parameters)):
+                shape = parameters[j].shape if exchange is None else (exchange.chunks[j],)
+                grads = grads + (ops.zeros(shape, parameters[j].dtype),)
             i = ops.zeros((), ms.int32)
             while i < num_micro_batches:
                 part = ()
                 for array in batch:
                     part = part + (array[i],)
                 (part_loss, part_metrics), part_grads = value_and_grad(*part)
+                if exchange is not None:
+                    part_grads = exchange(part_grads)
                 loss = loss + part_loss
                 metrics = metrics + part_metrics
                 total = ()
@@ -66,38 +74,58 @@ def make_gradient_step(loss_fn, parameters, num_metrics):
 class Loop:
     """Trains parameters in place, with checkpoints and metrics in a run folder.
 
-    metric_names: of metric_sums_M[1:]. save_model(path) writes the model's files into a checkpoint folder.
+    metric_names: of metric_sums_M[1:]. save_model(path) writes the model's files into a checkpoint folder. ranks: the
+    distributed.Ranks that share the work; alone by default.
     flops_per_token and peak_flops (per second, of all devices) give MFU; None where the peak is not known.
     """
 
     def __init__(self, loss_fn, metric_names, parameters, *, train, run, num_steps, folder, save_model,
-                 flops_per_token=None, peak_flops=None):
+                 ranks=None, flops_per_token=None, peak_flops=None):
         self.metric_names, self.train, self.run = tuple(metric_names), train, run
         self.num_steps, self.folder, self.save_model = num_steps, folder, save_model
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.parameters = ParameterTuple(parameters)
-        self.optimizer = AdamW(self.parameters, train)
-        self.metrics_file = MetricsFile(folder)
+        self.ranks = ranks = ranks or Ranks()
+        exchange = Exchange(self.parameters, ranks.group, run.shard) if ranks.size > 1 else None
+        self.optimizer = AdamW(self.parameters, train, exchange)
+        # This rank's of the optimizer's state: the i-th of n chunks.
+        self.part = (ranks.rank, ranks.size) if self.optimizer.exchange is not None else (0, 1)
+        self.metrics_file = MetricsFile(folder, ranks.is_main)
         self.step = 0
         self.num_updates = 0  # steps that had something to learn from
         self.best = None  # {"step", "value"} of the best validation
         self.num_tokens = 0
         self.started, self.seconds_before = time.monotonic(), 0.0  # of this start, and of those before it
 
-        gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names))
+        each_micro_batch = exchange is not None and run.shard == "gradients"
+        gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names),
+                                           exchange if each_micro_batch else None)
         optimizer, clip_norm = self.optimizer, train.clip_norm
 
         def training_step(hyperparameters_5, num_micro_batches, *batch):
             loss, metrics, grads = gradient_step(num_micro_batches, *batch)
+            own_loss = loss
+            if exchange is not None:
+                sums = exchange.all_reduce(ops.concat((loss.reshape(1), metrics)))
+                loss, metrics = sums[0], sums[1:]
+                if not each_micro_batch:
+                    grads = exchange(grads)
+                norm = exchange.norm(grads)
+            else:
+                norm = global_norm(grads)
             weight = metrics[0]
-            norm = global_norm(grads) / weight  # NaN where the weight is zero
+            norm = norm / weight  # NaN where the weight is zero
             finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
             if finite:
                 scale = clip_norm / (ops.maximum(norm, ops.full_like(norm, clip_norm)) * weight)
                 loss = ops.depend(loss, optimizer(grads, scale, hyperparameters_5))
-            return loss, norm, metrics
+            return loss, norm, metrics, own_loss
 
         self.training_step = ms.jit(training_step) if run.mode == "graph" else training_step
+        self.share_weights = None
+        if optimizer.exchange is not None:
+            sharing = WeightSharing(optimizer)
+            self.share_weights = ms.jit(sharing.construct) if run.mode == "graph" else sharing
 
     def seconds(self):
         """Wall time of the run so far, over all its starts."""
@@ -115,10 +143,16 @@ class Loop:
             return None
         state = checkpoints.read_state(newest)
         load_model(newest)
-        arrays = checkpoints.load_optimizer(newest, self.optimizer_parameters())
+        self.optimizer.take_weights()
+        sizes = {f"{kind}.{p.name}": p.size for kind in ("m", "v") for p in self.parameters}
+        arrays = checkpoints.load_optimizer(newest, sizes, *self.part)
         for parameter in self.optimizer_parameters():
             # Assigned in place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
-            ops.assign(parameter, Tensor(arrays[parameter.name]))
+            array = Tensor(arrays[parameter.name].reshape(parameter.shape))
+            if parameter.dtype == ms.float32:
+                ops.assign(parameter, array)
+            else:  # the CPU backend assigns no bfloat16: before the first step set_data will do
+                parameter.set_data(ops.cast(array, parameter.dtype))
         self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
         self.num_updates = state["num_updates"]
         self.seconds_before = state["seconds"]
@@ -131,10 +165,11 @@ class Loop:
         checkpoints.save_checkpoint(self.folder, self.step, self.save_model,
                                     checkpoints.as_arrays(self.optimizer_parameters()),
                                     {"best": self.best, "num_tokens": self.num_tokens, "num_updates": self.num_updates,
-                                     "seconds": round(self.seconds(), 1), "state": state})
-        if self.best and self.best["step"] == self.step:
-            checkpoints.mark_best(self.folder, self.step)
-        checkpoints.prune_checkpoints(self.folder, self.run.keep_checkpoints)
+                                     "seconds": round(self.seconds(), 1), "state": state}, self.ranks.world, self.part)
+        if self.ranks.is_main:
+            if self.best and self.best["step"] == self.step:
+                checkpoints.mark_best(self.folder, self.step)
+            checkpoints.prune_checkpoints(self.folder, self.run.keep_checkpoints)
 
     def validate(self, evaluate):
         """Write evaluate() -> ({name: number}, better) at this step; `better` orders validations, larger is better."""
@@ -171,23 +206,29 @@ class Loop:
                 arrays = [Tensor(array) for array in batch.arrays()]
                 ready = time.monotonic()
                 lr = learning_rate(self.step, self.num_steps, self.train)
-                loss, norm, metrics = self.training_step(self.optimizer.hyperparameters(self.num_updates, lr),
-                                                         Tensor(batch.num_micro_batches, ms.int32), *arrays)
+                loss, norm, metrics, own_loss = self.training_step(
+                    self.optimizer.hyperparameters(self.num_updates, lr), Tensor(batch.num_micro_batches, ms.int32),
+                    *arrays)
                 loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
                 if metrics[0] == 0 and loss == 0:
                     norm = 0.0
                 elif not (math.isfinite(loss) and math.isfinite(norm)):
+                    where = self._source_of_trouble(math.isfinite(float(own_loss.asnumpy())))
                     raise FloatingPointError(
-                        f"step {self.step}, rank 0: loss {np.float64(loss) / metrics[0]}, grad_norm {norm}: not "
+                        f"step {self.step}, {where}: loss {np.float64(loss) / metrics[0]}, grad_norm {norm}: not "
                         f"finite; nothing was updated. The last good checkpoint is {self._last_good()}. A lower "
                         "train.lr, a longer train.warmup_steps or cleaner data usually help.")
+                elif self.share_weights:
+                    self.share_weights()
                 self.step += 1
                 self.num_updates += int(metrics[0] > 0)
-                self.num_tokens += batch.num_tokens
-                window.add(loss, norm, metrics, batch.num_tokens, ready - started, time.monotonic() - started)
+                num_tokens = batch.num_tokens * self.ranks.num_data
+                self.num_tokens += num_tokens
+                window.add(loss, norm, metrics, num_tokens, ready - started, time.monotonic() - started)
                 if self.step % self.run.log_every == 0 or self.step == until_step:
                     values = window.take(self.metric_names) | batches.take_metrics() | {
                         "lr": lr, "memory_gib": round(peak_memory_gib(), 3), "num_tokens": self.num_tokens}
+                    values |= self.ranks.measure(values)
                     if self.flops_per_token and self.peak_flops:
                         values["mfu"] = values["tokens_per_s"] * self.flops_per_token / self.peak_flops
                     self.metrics_file.write(self.step, values)
@@ -203,12 +244,19 @@ class Loop:
                 if best_now or self.step % self.run.save_every == 0 or self.step == until_step:
                     self.save(full_state())
 
+    def _source_of_trouble(self, is_finite):
+        """Which rank or ranks had a loss that is not finite; all, if only a gradient was not."""
+        everyone = self.ranks.world.gather("find the trouble", is_finite)
+        bad = [rank for rank, own_is_finite in enumerate(everyone) if not own_is_finite]
+        return f"rank {', '.join(map(str, bad or range(self.ranks.size)))}"
+
     def _last_good(self):
         return checkpoints.newest_checkpoint(self.folder) or "none"
 
     def finish(self, summary):
         """Mark the run as complete: done.json with the summary."""
-        checkpoints.write_atomic(self.folder / "done.json", json.dumps({"step": self.step, **summary}, indent=1))
+        if self.ranks.is_main:
+            checkpoints.write_atomic(self.folder / "done.json", json.dumps({"step": self.step, **summary}, indent=1))
 
 
 class _Window:

@@ -10,12 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .cluster import world
+
 _PLAIN_SECONDS = 30  # between progress lines where the output is not a terminal
 
 
 def say(text):
-    """One line to the user, at once, without rich's markup."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    """One line to the user, at once, without rich's markup; of several ranks only the first speaks."""
+    if world().is_main:
+        _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _console():
@@ -47,7 +50,7 @@ class Reporter:
         self.title, self.total, self.done, self.start_done = title, total, done, done
         self.started = self.last_line = time.monotonic()
         self.bar = None
-        if sys.stdout.isatty() and not within:
+        if sys.stdout.isatty() and not within and world().is_main:
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(),
                                 TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TextColumn("left"),
                                 TimeRemainingColumn(), console=_console(), transient=True)
@@ -84,15 +87,17 @@ class Reporter:
 
 
 class MetricsFile:
-    """metrics.jsonl of a run folder: one JSON object a line, {"step": ..., name: number, ...}."""
+    """metrics.jsonl of a run folder: one JSON object a line, {"step": ..., name: number, ...}; of several ranks only
+    the first writes it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, writes=True):
+        self.writes = writes
         self.path = Path(folder, "metrics.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep_until(self, step):
         """Drop what a killed run wrote after its last checkpoint, so that no step stands twice."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -107,6 +112,8 @@ class MetricsFile:
         os.replace(aside, self.path)
 
     def write(self, step, values):
+        if not self.writes:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..data.batches import PackedRows, tokenized_to_samples
 from ..data.chat import decode_response
-from ..data.shards import ShardFolder, read_shard, write_aside, write_shard
+from ..data.shards import ShardFolder, SharedShards, read_shard, write_aside, write_shard
 from ..distillation.sample import Answers, sample_answers
 from ..rewards.preference import UNJUDGED
 from ..rewards.score import Response, Score
@@ -41,10 +41,10 @@ class Completion(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The batch of one optimizer step."""
+    """The batch of one optimizer step, a rank's share."""
 
     tensors: tuple  # arrays with a leading axis A, in the order of grpo.make_loss
-    num_micro_batches: int  # the first ones of A hold the answers, the rest is room
+    num_micro_batches: int  # the first ones of A hold the answers, the rest is room; the same for all ranks
     num_tokens: int
 
     def arrays(self):
@@ -57,16 +57,18 @@ class Rollouts:
     prompts: token ids of each problem; problems: their Examples. sampler: a Generator, or what answers like one;
     hand_over(digest), where given, is called before it samples. score_groups(problems, responses_PG) -> Scores.
     policy, reference: LogprobScorers at rollout.temperature; reference is None without a KL term. digest() -> str
-    identifies the policy's weights. progress(total) is a context that gives a Reporter for the sampling.
+    identifies the policy's weights. progress(total) is a context that gives a Reporter for the sampling. ranks: the
+    runtime.distributed.Ranks that share the work, in one folder; rewards are rank 0's.
     """
 
     def __init__(self, prompts, problems, *, grpo, rollout, tokenizer, seq_len, micro_batch_rows, seed, folder, sampler,
-                 score_groups, policy, reference, digest, progress, hand_over=None):
+                 score_groups, policy, reference, digest, progress, ranks, hand_over=None):
         self.prompts, self.problems, self.grpo, self.rollout = prompts, problems, grpo, rollout
         self.tokenizer, self.seq_len, self.micro_batch_rows, self.seed = tokenizer, seq_len, micro_batch_rows, seed
         self.folder, self.sampler, self.score_groups = Path(folder), sampler, score_groups
         self.policy, self.reference, self.digest = policy, reference, digest
         self.progress, self.hand_over = progress, hand_over
+        self.ranks, self.world = ranks, ranks.world
         # The next update; its rollout's first place in the endless stream of prompts, how many prompts it took, and
         # the weights that it was sampled with.
         self._place = {"rollout": 0, "update": 0, "position": 0, "taken": 0, "weights": None}
@@ -96,7 +98,8 @@ class Rollouts:
         if self._updates is None:
             self._updates = self._open_rollout()
         update, self._shapes = pack_update(self._updates[self._place["update"]], self._shapes, seq_len=self.seq_len,
-                                           micro_batch_rows=self.micro_batch_rows, pad_id=self.tokenizer.pad_id)
+                                           micro_batch_rows=self.micro_batch_rows, pad_id=self.tokenizer.pad_id,
+                                           share=(self.ranks.data_rank, self.ranks.num_data))
         self._place["update"] += 1
         if self._place["update"] == self.grpo.updates_per_rollout:
             self._place = {"rollout": self._place["rollout"] + 1, "update": 0,
@@ -168,28 +171,36 @@ class Rollouts:
                                f"p={rollout.top_p} new={rollout.max_new_tokens}"}
         num_shards = -(-len(chosen) // rollout.prompts_per_shard)
         shards_folder = folder / f"round-{number}"
-        try:
-            shards = ShardFolder.open(shards_folder, binding, num_shards)
-        except ValueError:
-            if place["update"] > 0:
-                raise
-            # Left by a killed run that had gone on from its last checkpoint to other weights.
-            shutil.rmtree(folder)
-            shards = ShardFolder.open(shards_folder, binding, num_shards)
-        if not shards.complete:
-            if place["update"] > 0:
-                raise ValueError(f"{shards_folder} is incomplete, but training went on from its answers: put it back, "
-                                 f"or delete {self.folder.parent} to start over.")
-            for path in (folder / f"round-{number}.jsonl", folder / "training.shard"):
-                path.unlink(missing_ok=True)
+
+        def prepare():
+            try:
+                shards = ShardFolder.open(shards_folder, binding, num_shards)
+            except ValueError:
+                if place["update"] > 0:
+                    raise
+                # Left by a killed run that had gone on from its last checkpoint to other weights.
+                shutil.rmtree(folder)
+                shards = ShardFolder.open(shards_folder, binding, num_shards)
+            if not shards.complete:
+                if place["update"] > 0:
+                    raise ValueError(f"{shards_folder} is incomplete, but training went on from its answers: put it "
+                                     f"back, or delete {self.folder.parent} to start over.")
+                for path in (folder / f"round-{number}.jsonl", folder / "training.shard"):
+                    path.unlink(missing_ok=True)
+            return shards.complete
+
+        is_complete = self.world.on_main("open a rollout", prepare)
+        shards = ShardFolder.open(shards_folder, binding, num_shards)
+        if not is_complete:
             started = time.monotonic()
             if self.hand_over:
-                self.hand_over(place["weights"])
+                self.world.on_main("hand weights over", lambda: self.hand_over(place["weights"]))
             seed = np.random.SeedSequence([self.seed, place["rollout"], number]).generate_state(1, np.uint64)[0]
             with self.progress(num_shards) as reporter:
                 sample_answers(self.sampler, [self.prompts[i] for i in chosen],
                                samples_per_prompt=rollout.samples_per_prompt, seed=int(seed >> np.uint64(1)),
-                               prompts_per_shard=rollout.prompts_per_shard, shards=shards, reporter=reporter)
+                               prompts_per_shard=rollout.prompts_per_shard,
+                               shards=SharedShards(shards, self.world), reporter=reporter)
             self._sampling_s += time.monotonic() - started
         return [Answers(**arrays) for arrays in shards.read_all()]
 
@@ -205,20 +216,23 @@ class Rollouts:
                 response = Response(message.content, message.thoughts, not truncated, int(length))
                 groups[answers.prompt_index[n]].append((tokens, int(answers.prompt_lens[n]), _logprobs_of(answers, n),
                                                         truncated, response))
-        if path.is_file():
-            rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            read = (Score(row["reward"], row["parts"], row["reason"]) for row in rows)
-            scores = [[next(read) for _ in group] for group in groups]
-        else:
-            scores = self.score_groups([self.problems[i] for i in chosen],
-                                       [[response for *_, response in group] for group in groups])
+        def score():
+            if path.is_file():
+                rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                read = ((row["reward"], row["parts"], row["reason"]) for row in rows)
+                return [[next(read) for _ in group] for group in groups]
+            return [list(map(tuple, group)) for group in
+                    self.score_groups([self.problems[i] for i in chosen],
+                                      [[response for *_, response in group] for group in groups])]
+
+        scores = [[Score(*score) for score in group] for group in self.world.on_main("score answers", score)]
         completions = []
         for problem, group, group_scores in zip(chosen, groups, scores, strict=True):
             advantages = group_advantages([score.value for score in group_scores], self.grpo.advantage_norm)
             completions.append([
                 Completion(problem, *answer, score, float(advantage), self._is_live(answer[3], score, advantage))
                 for answer, score, advantage in zip(group, group_scores, advantages, strict=True)])
-        if not path.is_file():
+        if self.world.is_main and not path.is_file():
             write_aside(path, "".join(self._row(c) for group in completions for c in group).encode())
         return completions
 
@@ -236,17 +250,10 @@ class Rollouts:
 
     def _training_extras(self, folder, completions):
         """What the loss needs of every answer token, float32, by name; the log-probabilities are kept on disk."""
-        names = ("old_logprobs", "ref_logprobs")
         path = folder / "training.shard"
-        if path.is_file():
-            kept = read_shard(path)
-        else:
-            kept = {name: np.zeros(0, np.float32) for name in names}
-            if completions:
-                samples = _to_samples(completions, {})
-                kept["old_logprobs"] = self.policy.score(samples)[0]
-                kept["ref_logprobs"] = (self.reference.score(samples)[0] if self.reference else kept["old_logprobs"])
-            write_shard(path, kept)
+        if not self.world.on_main("look for log-probabilities", path.is_file):
+            self._score_completions(path, completions)
+        kept = read_shard(path)
         lengths = np.array([len(c.logprobs) for c in completions], np.int64)
         numerators, denominators = token_weights(lengths, self.grpo.loss_agg, self.rollout.max_new_tokens)
         advantages = np.repeat([c.advantage for c in completions], lengths)
@@ -260,6 +267,26 @@ class Rollouts:
         extras = {"advantages": advantages, "denominators": np.repeat(denominators, lengths),
                   "weights": np.repeat(numerators, lengths), **kept}
         return {name: np.asarray(extra, np.float32) for name, extra in extras.items()}
+
+    def _score_completions(self, path, completions):
+        """Write what policy and reference give every answer token; each rank scores an equal share of the answers."""
+        rank, size = self.world.rank, self.world.size
+        parts = [path.with_name(f"training-{i}.shard") for i in range(size)]
+        bounds = [round(len(completions) * i / size) for i in range(size + 1)]
+        own = completions[bounds[rank]:bounds[rank + 1]]
+        scored = {name: np.zeros(0, np.float32) for name in ("old_logprobs", "ref_logprobs")}
+        if own:
+            samples = _to_samples(own, {})
+            scored["old_logprobs"] = self.policy.score(samples)[0]
+            scored["ref_logprobs"] = self.reference.score(samples)[0] if self.reference else scored["old_logprobs"]
+        write_shard(parts[rank], scored)
+        self.world.gather("score a share")
+        if self.world.is_main:
+            shares = [read_shard(part) for part in parts]
+            write_shard(path, {name: np.concatenate([share[name] for share in shares]) for name in scored})
+            for part in parts:
+                part.unlink()
+        self.world.gather("join the shares")
 
     def _measure(self, groups, num_rounds):
         everyone = [c for group in groups for c in group]
@@ -277,6 +304,8 @@ class Rollouts:
         self._metrics |= {f"reason/{name}": count for name, count in sorted(reasons.items())}
 
     def _forget_old_tokens(self):
+        if not self.world.is_main:
+            return
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) <= self._place["rollout"] - _KEPT:
                 for path in folder.glob("round-*"):
@@ -285,16 +314,20 @@ class Rollouts:
                 (folder / "training.shard").unlink(missing_ok=True)
 
 
-def pack_update(samples, shapes, *, seq_len, micro_batch_rows, pad_id):
-    """(Update, shapes): Samples with the extras of the loss as arrays of at least the given shapes {"A", "C", "S"}."""
+def pack_update(samples, shapes, *, seq_len, micro_batch_rows, pad_id, share=(0, 1)):
+    """(Update, shapes): Samples with the extras of the loss as arrays of at least the given shapes {"A", "C", "S"}.
+
+    share: (i, n) for the i-th of n shares of the micro-batches.
+    """
     packed = PackedRows(samples, seq_len=seq_len, micro_batch_rows=micro_batch_rows, pad_id=pad_id, on_long="raise")
-    num_micro_batches = -(-packed.num_rows // micro_batch_rows)
+    i, n = share
+    num_micro_batches = -(-packed.num_rows // (micro_batch_rows * n))
     needed = {"A": num_micro_batches, "C": packed.C, "S": packed.S}
     shapes = {name: size if needed[name] <= size else _roomy(needed[name]) for name, size in shapes.items()}
-    rows = np.full(shapes["A"] * micro_batch_rows, -1)
+    rows = np.full(shapes["A"] * n * micro_batch_rows, -1)
     rows[:packed.num_rows] = np.arange(packed.num_rows)
     packed.C, packed.S = shapes["C"], shapes["S"]
-    batch = packed.assemble(rows.reshape(-1, micro_batch_rows))
+    batch = packed.assemble(rows.reshape(-1, micro_batch_rows)[i::n])
     advantages, denominators, old_logprobs, ref_logprobs, weights = batch.extras
     return Update((*batch[:5], weights, advantages, denominators, old_logprobs, ref_logprobs), num_micro_batches,
                   num_micro_batches * micro_batch_rows * seq_len), shapes

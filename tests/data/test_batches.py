@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindpangu.data.batches import PackedBatches, PackedRows, Samples, documents_to_samples, tokenized_to_samples
+from mindpangu.data.batches import (
+    PackedBatches,
+    PackedRows,
+    Samples,
+    SequenceShare,
+    documents_to_samples,
+    split_sequence,
+    tokenized_to_samples,
+)
 
 PAD = 999_999
 SETTINGS = {"seq_len": 16, "rows_per_step": 4, "micro_batch_rows": 2, "pad_id": PAD, "seed": 7}
@@ -227,3 +235,64 @@ def test_packed_rows_keep_the_shapes_they_are_given():
         assert batch.cu_seqlens_AC.shape == (1, 10) and batch.labels_AS.shape == (1, 32)
     with pytest.raises(ValueError, match="max_targets=1: a micro-batch of this data set has up to .*raise max_targets"):
         PackedRows(samples, seq_len=16, micro_batch_rows=2, pad_id=PAD, max_targets=1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_shares_of_all_ranks_are_the_batch(num_ranks):
+    samples = tokenized_to_samples([(np.arange(n, dtype=np.int32), np.arange(n) > n // 2) for n in range(3, 30)])
+    settings_ = {"seq_len": 32, "rows_per_step": 8, "micro_batch_rows": 2, "pad_id": 0, "seed": 4}
+    whole = PackedBatches(samples, **settings_)
+    shares = [PackedBatches(samples, **settings_, share=(i, num_ranks)) for i in range(num_ranks)]
+    for _ in range(5):
+        batch, parts = next(whole), [next(share) for share in shares]
+        for array, *pieces in zip(batch.arrays(), *(part.arrays() for part in parts), strict=True):
+            joined = np.stack(pieces, 1).reshape(array.shape)  # micro-batch i belongs to rank i % num_ranks
+            np.testing.assert_array_equal(joined, array)
+        assert sum(part.num_tokens for part in parts) == batch.num_tokens
+    assert all(share.state_dict() == whole.state_dict() for share in shares)
+    with pytest.raises(ValueError, match="micro_batch_rows times 3 ranks"):
+        PackedBatches(samples, **settings_, share=(0, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 6]))
+def test_shares_of_a_sequence_hold_every_token_and_target_once(seed, num_parts):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, 24, random.integers(1, 20))
+    is_target = [np.append(False, random.random(n - 1) < random.random()) for n in lengths]
+    is_target[0][-1] = True
+    samples = tokenized_to_samples([(random.integers(1, 99, n).astype(np.int32), flags)
+                                    for n, flags in zip(lengths, is_target, strict=True)],
+                                   {"extra": random.random((int(sum(map(np.sum, is_target))), 3)).astype(np.float32)})
+    rows = PackedRows(samples, seq_len=24, micro_batch_rows=2, pad_id=0)
+    numbers = np.pad(np.arange(rows.num_rows), (0, rows.num_rows % 2), constant_values=-1)
+    batch = rows.assemble(numbers.reshape(-1, 2))
+    parts = [split_sequence(batch.arrays(), part, num_parts) for part in range(num_parts)]
+    share = 48 // num_parts
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts], 1), batch.tokens_AT)
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts], 1), batch.positions_AT)
+    assert len({tuple(array.shape for array in part) for part in parts}) == 1, "one compiled graph for all ranks"
+    for micro in range(len(batch.tokens_AT)):
+        found = []
+        for number, (_, _, cu_seqlens, index, labels, weights, extra) in enumerate(parts):
+            np.testing.assert_array_equal(cu_seqlens[micro], batch.cu_seqlens_AC[micro])
+            used = weights[micro] > 0
+            assert (index[micro] >= 0).all() and (index[micro] < share).all()
+            assert not index[micro][~used].any() and not labels[micro][~used].any() and not extra[micro][~used].any()
+            found += zip((index[micro][used] + number * share).tolist(), labels[micro][used].tolist(),
+                         extra[micro][used].tolist(), strict=True)
+        used = batch.loss_weights_AS[micro] > 0
+        assert found == list(zip(batch.target_index_AS[micro][used].tolist(), batch.labels_AS[micro][used].tolist(),
+                                 batch.extras[0][micro][used].tolist(), strict=True))
+
+
+def test_batches_of_a_share_of_the_tokens_keep_their_place():
+    samples = tokenized_to_samples([(np.arange(n, dtype=np.int32), np.arange(n) > 1) for n in range(3, 30)])
+    batches = PackedBatches(samples, seq_len=32, rows_per_step=4, micro_batch_rows=2, pad_id=0, seed=4)
+    share = SequenceShare(batches, 1, 2)
+    first, place = next(share), share.state_dict()
+    second = next(share)
+    share.load_state_dict(place)
+    for again, once in zip(next(share).arrays(), second.arrays(), strict=True):
+        np.testing.assert_array_equal(again, once)
+    assert (first.num_micro_batches, first.num_tokens, first.arrays()[0].shape) == (2, 128, (2, 32))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mindpangu.data.shards import ShardFolder, read_shard, write_shard
+from mindpangu.data.shards import ShardFolder, SharedShards, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 BINDING = {"teacher": "aaaa", "tokenizer": "bbbb"}
@@ -204,3 +205,46 @@ def test_an_unwritable_folder_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match=r"Permission denied .*manifest\.json"):
         ShardFolder.open(tmp_path, BINDING, 3)
+
+
+@pytest.mark.parametrize(("num_shards", "num_ranks"), [(1, 2), (5, 2), (4, 4), (7, 3)])
+def test_ranks_write_the_missing_shards_side_by_side_to_the_same_bytes(tmp_path, as_ranks, num_shards, num_ranks):
+    def arrays(i):
+        return {"x": np.arange(i + 3)}
+
+    alone = ShardFolder.open(tmp_path / "alone", {"a": "b"}, num_shards)
+    for i in range(num_shards):
+        alone.write(i, arrays(i))
+    folder = tmp_path / "shared"
+    ShardFolder.open(folder, {"a": "b"}, num_shards).write(0, arrays(0))
+    written = []
+
+    def fill(world):
+        shards = ShardFolder.open(folder, {"a": "b"}, num_shards)
+        shared = SharedShards(shards, world)
+        for i in shared.missing():
+            written.append(i)
+            shared.write(i, arrays(i))
+        shared.finish()
+        assert shards.complete and [len(part["x"]) for part in shards.read_all()] == [i + 3 for i in range(num_shards)]
+        return (folder / "manifest.json").read_bytes()
+
+    manifests = as_ranks(num_ranks, fill)
+    assert sorted(written) == list(range(1, num_shards))
+    assert set(manifests) == {(tmp_path / "alone" / "manifest.json").read_bytes()}
+
+
+def test_what_ranks_have_written_is_kept_when_one_is_lost(tmp_path, as_ranks):
+    ShardFolder.open(tmp_path, {}, 6)
+    lost = RuntimeError("lost")
+
+    def fill(world):
+        shared = SharedShards(ShardFolder.open(tmp_path, {}, 6), world)
+        for i in shared.missing():
+            if i == 3:
+                raise lost
+            shared.write(i, {"x": np.zeros(i)})
+
+    with pytest.raises((RuntimeError, threading.BrokenBarrierError)):
+        as_ranks(2, fill)
+    assert ShardFolder.open(tmp_path, {}, 6).missing() == [2, 3, 4, 5]

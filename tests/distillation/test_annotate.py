@@ -7,9 +7,10 @@ import torch
 
 from mindpangu.config import ModelConfig
 from mindpangu.data.batches import tokenized_to_samples
-from mindpangu.data.shards import ShardFolder
+from mindpangu.data.shards import ShardFolder, SharedShards
 from mindpangu.distillation.annotate import Annotator, annotate, read_annotated
 from mindpangu.model.weights import load_model
+from mindpangu.runtime.cluster import World
 
 CONFIG = ModelConfig(hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=40,
                      vocab_size=60, max_seq_len=32, rope_theta=100.0, eos_id=2)
@@ -100,7 +101,7 @@ def test_annotated_shards_come_back_with_their_samples_and_the_teachers_distribu
         asked.append(i)
         return parts[i]
 
-    annotate(annotator, samples_of, shards)
+    annotate(annotator, samples_of, SharedShards(shards, World()))
     assert asked == [0, 1, 2] and shards.complete
     found = read_annotated(shards)
     np.testing.assert_array_equal(found.tokens, np.concatenate([part.tokens for part in parts]))
@@ -121,14 +122,14 @@ def test_annotated_shards_come_back_with_their_samples_and_the_teachers_distribu
     # A shard that is lost is annotated again, to the same bytes.
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
     (tmp_path / "00001.shard").unlink()
-    annotate(annotator, samples_of, ShardFolder.open(tmp_path, BINDING, 3))
+    annotate(annotator, samples_of, SharedShards(ShardFolder.open(tmp_path, BINDING, 3), World()))
     assert asked == [0, 1, 2, 1] and {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == whole
 
 
 def test_a_shard_whose_answers_were_all_filtered_out_is_empty(annotator, mindspore_cpu, tmp_path):
     parts = [tokenized_to_samples([]), ragged_samples(8, [4, 6])]
     shards = ShardFolder.open(tmp_path, BINDING, 2)
-    annotate(annotator, parts.__getitem__, shards)
+    annotate(annotator, parts.__getitem__, SharedShards(shards, World()))
     found = read_annotated(shards)
     np.testing.assert_array_equal(found.tokens, parts[1].tokens)
     np.testing.assert_array_equal(found.offsets, [0, 4, 10])

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindpangu.config import ModelConfig
-from mindpangu.data.shards import ShardFolder
+from mindpangu.data.shards import ShardFolder, SharedShards
 from mindpangu.distillation.sample import Answers, answers_to_samples, find_unwanted, is_repetitive, sample_answers
 from mindpangu.model.generate import Generator
 from mindpangu.model.pangu import Pangu
+from mindpangu.runtime.cluster import World
 
 CONFIG = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
                      vocab_size=12, max_seq_len=24, rope_theta=100.0, init_std=0.3, eos_id=2)
@@ -109,7 +110,8 @@ BINDING = {"model": "aaaa", "data": "bbbb"}
 
 
 def fill(generator, shards, seed=3):
-    sample_answers(generator, PROMPTS, samples_per_prompt=3, seed=seed, prompts_per_shard=4, shards=shards)
+    sample_answers(generator, PROMPTS, samples_per_prompt=3, seed=seed, prompts_per_shard=4,
+                   shards=SharedShards(shards, World()))
 
 
 def test_shards_hold_every_prompts_samples_in_order(generator, mindspore_cpu, tmp_path):

@@ -40,11 +40,12 @@ def _loss(model):
     return make_loss(model, SEQ_LEN, 64)
 
 
-def _loop(folder, model, mode="graph", num_steps=9, **run):
+def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", **run):
     from mindpangu.model.weights import save_weights
     from mindpangu.runtime.loop import Loop
 
-    train = TrainConfig(steps=num_steps, rows_per_step=8, micro_batch_rows=4, lr=1e-2, warmup_steps=2)
+    train = TrainConfig(steps=num_steps, rows_per_step=8, micro_batch_rows=4, lr=1e-2, warmup_steps=2,
+                        moments_dtype=moments_dtype)
     return Loop(_loss(model), (), model.trainable_params(), train=train,
                 run=RunConfig(mode=mode, **({"log_every": 1, "save_every": 2} | run)), num_steps=num_steps,
                 folder=folder, save_model=lambda path: save_weights(model, path))
@@ -93,12 +94,47 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(mindspore_cpu):
             assert np.abs(grad - reference).max() <= 1e-6 * max(1.0, np.abs(reference).max())
 
 
+def test_recomputed_layers_give_the_same_gradients(mindspore_cpu):
+    import mindspore as ms
+
+    from mindpangu.runtime.loop import make_gradient_step
+
+    batch = next(_batches())
+    results = []
+    for recompute in (False, True):
+        model = _model()
+        for layer in model.layers if recompute else ():
+            layer.recompute()
+        step = ms.jit(make_gradient_step(_loss(model), ms.ParameterTuple(model.trainable_params()), 1))
+        results.append(step(ms.Tensor(batch.num_micro_batches), *map(ms.Tensor, batch.arrays())))
+    (loss, _, grads), (loss_again, _, grads_again) = results
+    assert float(loss.asnumpy()) == float(loss_again.asnumpy())
+    for grad, again in zip(grads, grads_again, strict=True):
+        np.testing.assert_array_equal(again.asnumpy(), grad.asnumpy())
+
+
 def test_eager_and_graph_mode_give_the_same_losses(mindspore_cpu, tmp_path):
     losses = {}
     for mode in ("graph", "eager"):
         _loop(tmp_path / mode, _model(), mode, num_steps=4, save_every=100).fit(_batches(), 4)
         losses[mode] = np.array(_losses(tmp_path / mode))
     np.testing.assert_allclose(losses["eager"], losses["graph"], rtol=1e-6)
+
+
+def test_a_resumed_run_repeats_the_losses_with_moments_in_bfloat16(cpu_library, mindspore_cpu, tmp_path):
+    from mindpangu.ops import kernels
+
+    kernels.select("native", [], "CPU", cpu_library.path)
+    whole = _loop(tmp_path / "whole", _model(), moments_dtype="bfloat16")
+    whole.fit(_batches(), 9)
+    _loop(tmp_path / "parts", _model(), moments_dtype="bfloat16").fit(_batches(), 4)
+    _, loop, batches = _resumed(tmp_path / "parts", moments_dtype="bfloat16")
+    loop.fit(batches, 9)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).glob("checkpoints/step-000009/optimizer-*"))
+             for name in ("whole", "parts")]
+    assert sizes[0] == sizes[1] < 8 * sum(p.size for p in whole.parameters), "float32 moments take 8 bytes"
+    kernels.select("reference", [], "CPU", cpu_library.path)
 
 
 @pytest.mark.parametrize("stop", [3, 5])  # in the middle of an epoch and at its end
@@ -206,11 +242,8 @@ def test_best_and_newest_checkpoints_are_kept(mindspore_cpu, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(mindspore_cpu, tmp_path):
-    import mindspore as ms
-
     from mindpangu.runtime.checkpoint import load_optimizer, newest_checkpoint
 
     _loop(tmp_path, _model()).fit(_batches(), 2)
-    other = [ms.Parameter(ms.Tensor(np.zeros((3, 3), np.float32)), name="m.embedding")]
     with pytest.raises(ValueError, match="belongs to another model"):
-        load_optimizer(newest_checkpoint(tmp_path), other)
+        load_optimizer(newest_checkpoint(tmp_path), {"m.embedding": 9})

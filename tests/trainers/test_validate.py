@@ -9,6 +9,7 @@ from mindspore import Tensor, ops
 from mindpangu.config import DistillConfig, ModelConfig
 from mindpangu.data.batches import tokenized_to_samples
 from mindpangu.model.weights import load_model
+from mindpangu.runtime.distributed import Ranks
 from mindpangu.trainers import distill, language_model
 from mindpangu.trainers.validate import HeldoutLoss
 
@@ -52,7 +53,8 @@ def cross_entropy(logits_NV, labels_N):
 
 
 def heldout_loss(loss_fn, names, samples, num_rows, mode="eager"):
-    return HeldoutLoss(loss_fn, names, samples, seq_len=SEQ_LEN, num_rows=num_rows, pad_id=0, mode=mode)
+    return HeldoutLoss(loss_fn, names, samples, seq_len=SEQ_LEN, num_rows=num_rows, pad_id=0,
+                       ranks=Ranks(), mode=mode)
 
 
 # Samples of 9 and more tokens have a row of 16 to themselves: as many rows as samples.
