@@ -29,7 +29,7 @@ from mindpangu.config import RewardsConfig, RunConfig, as_dict, recipes_folder
 from mindpangu.data.chat import template_digest
 from mindpangu.data.tokenizer import Tokenizer
 from mindpangu.model.weights import load_model, parameters_digest, read_config
-from mindpangu.pipeline import Plan, entry_point, make_key
+from mindpangu.pipeline import Plan, entry_point, make_key, require_alone
 from mindpangu.rewards.router import Rewards
 from mindpangu.runtime.checkpoint import find_model, newest_checkpoint, write_atomic
 from mindpangu.runtime.device import activation_dtype, start
@@ -44,6 +44,7 @@ def evaluate(recipe, overrides):
     """Run a recipe's benchmarks, or what is missing of them, and return the run folder with results.json."""
     if recipe.task != "evaluate":
         raise ValueError(f"recipe={recipe.recipe} is no evaluation: expected eval_instruct or eval_base.")
+    require_alone("python -m mindpangu.evaluate")
     if not recipe.init_from:
         raise ValueError(f"init_from={recipe.init_from}: expected the model to measure, a run folder, a Hugging Face "
                          "folder or a recipe.")

@@ -23,9 +23,10 @@ ALLOWED = {
     "runtime": {"config", "ops", "ascend_kernels"},
 }
 NEVER_MINDSPORE = ("config", "data", "rewards")
-NUMPY_ONLY = ("distillation/cache.py", "model/size.py", "model/weights.py", "runtime/checkpoint.py",
-              "runtime/metrics.py", "pipeline.py", "train.py")
-ENTRY_POINTS = {"train", "rollout", "annotate", "chat", "serve", "evaluate"}
+NUMPY_ONLY = ("distillation/cache.py", "model/memory.py", "model/mindir.py", "model/runner.py", "model/size.py",
+              "model/uniforms.py", "model/weights.py", "runtime/checkpoint.py", "runtime/metrics.py", "doctor.py",
+              "pipeline.py", "train.py")
+ENTRY_POINTS = {"train", "rollout", "annotate", "chat", "serve", "evaluate", "export", "doctor"}
 
 
 def _imports(path, top_level_only=False):

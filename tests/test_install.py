@@ -33,8 +33,9 @@ def test_recipes_and_tools_travel_inside_the_package(installed, tmp_path):
     shown = subprocess.run([sys.executable, "-m", "mindpangu.train", "--cfg", "job"], cwd=tmp_path, env=environment,
                            capture_output=True, text=True, check=True)
     assert "recipe: kd_student" in shown.stdout
-    subprocess.run([sys.executable, "-m", "mindpangu.tools.report", "--help"], cwd=tmp_path, env=environment,
-                   check=True, capture_output=True)
+    for arguments in (["report", "--help"], ["edge_latency", "openpangu_1b"], ["plan"]):
+        subprocess.run([sys.executable, "-m", f"mindpangu.tools.{arguments[0]}", *arguments[1:]], cwd=tmp_path,
+                       env=environment, check=True, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 
 

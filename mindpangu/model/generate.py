@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ..ops.sample import sample
+from .uniforms import uniforms
 
 
 class Answer(NamedTuple):
@@ -22,14 +23,7 @@ class Answer(NamedTuple):
     truncated: bool  # the answer did not end within max_new_tokens
 
 
-def uniforms(seed, prompt_index, sample_index, count):
-    """The random numbers of one answer, float32 in [0, 1 - 2^-23]: a function of these integers alone."""
-    key = np.array([seed, (int(prompt_index) << 20) | int(sample_index)], np.uint64)
-    numbers = np.random.Generator(np.random.Philox(key=key)).integers(0, 1 << 23, count, dtype=np.uint32)
-    return numbers.astype(np.float32) / np.float32(1 << 23)
-
-
-class _Prefill(nn.Cell):
+class PromptPass(nn.Cell):
     """Write the keys and values of R prompts into the caches of their slots."""
 
     def __init__(self, model, k_caches, v_caches, prompt_len):
@@ -54,6 +48,18 @@ class _Prefill(nn.Cell):
         x = x_TMH.reshape(-1, self.prompt_len, num_kv_heads, head_dim).transpose(0, 2, 1, 3)
         behind = self.k_caches[0].shape[2] - self.prompt_len
         return ops.concat((x, ops.zeros((x.shape[0], num_kv_heads, behind, head_dim), x.dtype)), 2)
+
+
+class TokenPass(nn.Cell):
+    """One more token per sequence: write its keys and values, return its logits [B, V]."""
+
+    def __init__(self, model, k_caches, v_caches):
+        super().__init__()
+        self.model = model
+        self.k_caches, self.v_caches = k_caches, v_caches
+
+    def construct(self, tokens_B, positions_B):
+        return self.model.decode(tokens_B, positions_B, self.k_caches, self.v_caches)
 
 
 class _Decode(nn.Cell):
@@ -125,7 +131,7 @@ class Generator:
                                              requires_grad=False) for i in range(config.num_layers)])
 
         k_caches, v_caches = caches("k"), caches("v")
-        prefill = _Prefill(model, k_caches, v_caches, prompt_len)
+        prefill = PromptPass(model, k_caches, v_caches, prompt_len)
         self._decode_cell = _Decode(model, k_caches, v_caches, num_slots, max_new_tokens, eos_id,
                                     (temperature, top_k, top_p))
         self._prefill, self._decode = prefill, self._decode_cell

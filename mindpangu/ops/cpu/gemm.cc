@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "pairs.h"
-#include "vec.h"
+#include "types.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -213,6 +213,7 @@ inline void put(Rounded* to, bf16 x) { to->value = to_float(x); }
 #endif
 inline void put(bf16* to, float x) { *to = to_bf16(x); }
 inline void put(float* to, bf16 x) { *to = to_float(x); }
+inline void put(float* to, f16 x) { *to = to_float(x); }
 inline void put(bf16* to, bf16 x) { *to = x; }
 
 // n contiguous elements, converted.
@@ -537,7 +538,7 @@ void few_rows(const Gemm& g, const float* a) {
 }
 
 bool try_few_rows(const Gemm& g) {
-  if (g.M > kFewRows || g.b.row_stride != 1 || g.K < kLanes) return false;
+  if (!has_few_rows(g)) return false;
   const int rows = g.M <= 1 ? 1 : g.M <= 4 ? 4 : kFewRows;
   float* a = static_cast<float*>(scratch(kOther, rows * g.K * 4));
   std::memset(a + g.M * g.K, 0, (rows - g.M) * g.K * 4);
@@ -556,6 +557,8 @@ bool try_few_rows(const Gemm& g) {
   };
   if (g.b.dtype == DType::bf16) {
     run(few_rows<1, false, bf16>, few_rows<4, false, bf16>, few_rows<8, false, bf16>);
+  } else if (g.b.dtype == DType::f16) {
+    run(few_rows<1, false, f16>, few_rows<4, false, f16>, few_rows<8, false, f16>);
   } else if (g.bf16_products) {
     run(few_rows<1, true, float>, few_rows<4, true, float>, few_rows<8, true, float>);
   } else {
@@ -686,6 +689,8 @@ void gemm_slab(const Gemm& g, const Packing& p, bool add, bool last) {
 }  // namespace
 
 bool bf16_products() { return rounds_products; }
+
+bool has_few_rows(const Gemm& g) { return g.M <= kFewRows && g.b.row_stride == 1 && g.K >= kLanes; }
 
 Packing packing(bool bf16) {
 #if defined(__AMX_BF16__)

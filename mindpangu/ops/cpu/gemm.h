@@ -5,7 +5,8 @@
 
 namespace pangu {
 
-// An operand: element (i, j) lies at data[i * row_stride + j * col_stride], strides in elements. f32 or bf16.
+// An operand: element (i, j) lies at data[i * row_stride + j * col_stride], strides in elements. f32 or bf16;
+// the second one also f16 where has_few_rows.
 struct Operand {
   const void* data;
   DType dtype;
@@ -26,6 +27,8 @@ struct Gemm {
 
 // On all threads. The result does not depend on their number.
 void gemm(const Gemm& g);
+// Whether a product reads its second operand once, as it is: A has few rows, and B's columns lie in a piece.
+bool has_few_rows(const Gemm& g);
 
 // ---- Blocks: what a fused kernel builds on. One thread, operands packed beforehand. ---------------------------------
 

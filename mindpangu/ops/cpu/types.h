@@ -47,6 +47,27 @@ inline f16 to_f16(float x) {
   return {uint16_t(sign | (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13)};
 }
 
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf x;
+  for (int i = 0; i < kLanes; i++) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+inline void store(f16* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; i++) p[i] = to_f16(x[i]);
+#endif
+}
+
 inline bool is_complex64(const char* name) { return name && std::strcmp(name, "complex64") == 0; }
 inline bool is_complex128(const char* name) { return name && std::strcmp(name, "complex128") == 0; }
 

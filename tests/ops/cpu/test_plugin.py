@@ -51,7 +51,7 @@ def test_a_wrong_dtype_names_op_argument_and_expectation(mode):
     def run(x):
         return product(x, x)
 
-    with pytest.raises(RuntimeError, match="MatMul on CPU: the first operand is float64: expected float32 or bfloat16"):
+    with pytest.raises(RuntimeError, match="MatMul on CPU: the first operand is float64: expected float32, bfloat16"):
         (ms.jit(run) if mode == "graph" else run)(Tensor(np.eye(3))).asnumpy()
 
 
@@ -61,7 +61,7 @@ def _rounded(array, dtype):
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16, ms.float16])
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
 def test_products_are_those_of_float64(mode, dtype, transposed):
     random = np.random.default_rng(1)
@@ -79,8 +79,9 @@ def test_products_are_those_of_float64(mode, dtype, transposed):
         out = (ms.jit(run) if mode == "graph" else run)(Tensor(a, dtype), Tensor(b, dtype))
         a64, b64 = _rounded(a, dtype), _rounded(b, dtype)
         a64, b64 = (x.swapaxes(-1, -2) if swap else x for x, swap in zip((a64, b64), transposed, strict=True))
-        # Rounding of float32 sums of k products; bfloat16 rounds the result to 8 bits.
-        bound = 1e-6 * (np.abs(a64) @ np.abs(b64)) + (2**-8 * np.abs(a64 @ b64) if dtype == ms.bfloat16 else 0) + 1e-30
+        # Rounding of float32 sums of k products; bfloat16 rounds the result to 8 bits, float16 to 11.
+        rounding = {ms.float32: 0, ms.bfloat16: 2**-8, ms.float16: 2**-11}[dtype]
+        bound = 1e-6 * (np.abs(a64) @ np.abs(b64)) + rounding * np.abs(a64 @ b64) + 1e-30
         assert out.shape == (a64 @ b64).shape and out.dtype == dtype
         assert (np.abs(out.astype(ms.float32).asnumpy() - a64 @ b64) <= bound).all()
 
