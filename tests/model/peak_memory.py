@@ -4,7 +4,6 @@
 """
 
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from mindpangu.config import ModelConfig, RunConfig, TrainConfig
 from mindpangu.runtime.device import start
+from mindpangu.runtime.metrics import peak_memory_gib
 
 
 def main(sizes, num_micro_batches):
@@ -40,7 +40,7 @@ def main(sizes, num_micro_batches):
             outputs = loop.training_step(loop.optimizer.hyperparameters(step, 1e-3), Tensor(num_micro_batches, int32),
                                          *map(Tensor, arrays))
             assert np.isfinite(outputs[0].asnumpy())
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(round(peak_memory_gib() * 2**30))
 
 
 if __name__ == "__main__":
