@@ -138,6 +138,7 @@ def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_othe
         assert len(list(written.glob(f"optimizer-*-of-{size:05d}.safetensors"))) == size
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_resumes(folder):
     arguments = [*SFT, "train.steps=60", "run.dir=killed", "run.save_every=1", "run.shard=none"]
     process = launch(folder, 2, *arguments)
