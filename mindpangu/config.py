@@ -454,6 +454,8 @@ class RunConfig(_Section):
     #                          same numbers in far less memory, for a third more arithmetic
     sequence_parallel: int = 1  # ranks that share the tokens of their rows in training, each with its share of the
     #                             heads in attention; a divisor of model.num_kv_heads and of the number of ranks
+    vocab_parallel: bool = False  # with sequence_parallel, in distillation: each of the ranks that share rows computes
+    #                               the logits of its share of the vocabulary, for the tokens of all of them
     shard: str = "optimizer"  # of several ranks, each has: none: everything | optimizer: its share of the optimizer's
     #                           state (ZeRO 1) | gradients: of summed gradients too (ZeRO 2), for which they are summed
     #                           after every micro-batch and not once a step
@@ -469,6 +471,9 @@ class RunConfig(_Section):
         _one_of("run.precision", self.precision, ("float32", "bfloat16", "float16"))
         _one_of("run.shard", self.shard, ("none", "optimizer", "gradients"))
         _at_least("run.sequence_parallel", self.sequence_parallel, 1)
+        _require(not self.vocab_parallel or self.sequence_parallel > 1,
+                 "run.vocab_parallel=true with run.sequence_parallel=1: the vocabulary is divided among the ranks that "
+                 "share their rows.")
         if self.kernels == "ascendc_host":
             _require(self.device == "CPU", f"run.kernels=ascendc_host with run.device={self.device}: it runs the "
                                            "AscendC sources on a CPU; on Ascend run.kernels=native calls them.")

@@ -850,10 +850,13 @@ def _distill(plan):
         bounds = [0, *(round(share * num_steps) for share in recipe.kd.refresh_at), num_steps]
         plan.drop_engines()  # training needs the memory
         model = _student(plan)
-        loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk)
+        vocab_group = plan.ranks.sequence_group if recipe.run.vocab_parallel else None
+        loss_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk,
+                                    vocab_group=vocab_group)
         loop, state = _loop(plan, model, loss_fn, distill.METRICS, num_steps)
         _say_run(plan, model, num_steps)
-        value_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk, gradients=False)
+        value_fn = distill.make_loss(model, recipe.kd, recipe.data.seq_len, recipe.run.logits_chunk, gradients=False,
+                                     vocab_group=vocab_group)
         evaluate = _validator(plan, model, value_fn, distill.METRICS, heldout)
         for segment in range(len(bounds) - 1):
             if loop.step >= bounds[segment + 1]:

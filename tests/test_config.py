@@ -93,6 +93,7 @@ def test_1b_scale_has_the_papers_values(overrides, expected):
     (["data=documents", "data.train=[x.txt]"], ["data.dress=fast", "data.source=documents"]),
     (["run.precision=bfloat16", "run.kernels=reference"], ["run.precision=bfloat16", "run.kernels=native"]),
     (["run.precision=float16"], ["run.precision", "run.device=CPU", "bfloat16"]),
+    (["run.vocab_parallel=true"], ["run.vocab_parallel=true", "run.sequence_parallel=1"]),
     (["rollout.drop=[boring]"], ["rollout.drop='boring'", "truncated"]),
     (["model.num_heads=3", "model.num_kv_heads=2"], ["model.num_heads=3", "model.num_kv_heads=2"]),
     (["kd.tail=none"], ["kd.tail='none'", "bucket"]),

@@ -20,6 +20,7 @@ BIN = Path(sys.executable).parent
 TIMINGS = {"time", "tokens_per_s", "data_wait", "memory_gib", "rollout_time", "mfu", "num_tokens"}
 # Few, short steps: what is compared is arithmetic, and every launch costs several seconds a process.
 SFT = ["recipe=sft_direct", "scale=smoke", "model.num_kv_heads=2", "train.micro_batch_rows=1", "run.log_every=1"]
+WHOLE = ["recipe=grpo", "scale=smoke", "model.num_kv_heads=2", "run.log_every=1"]
 
 
 def free_port():
@@ -75,12 +76,12 @@ def rows(folder):
             for row in lines]
 
 
-def assert_same(ours, theirs):
-    """The same numbers to a relative or absolute 1e-6, as sums of float32 in another order give them."""
+def assert_same(ours, theirs, tolerance=1e-6):
+    """The same numbers to a relative or absolute tolerance, by default as sums of float32 in another order give."""
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name, value in mine.items():
-            assert value == pytest.approx(other[name], rel=1e-6, abs=1e-6), (mine["step"], name)
+            assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
 
 
 def assert_same_text(ours, theirs, pattern):
@@ -94,12 +95,12 @@ def folder(tmp_path_factory):
     """A folder with the runs of one process: SFT, and the whole recipe with GRPO at its end."""
     folder = tmp_path_factory.mktemp("jobs")
     alone(folder, *SFT, "run.dir=alone", "train.steps=6")
-    alone(folder, "recipe=grpo", "scale=smoke", "run.log_every=1", "run.root=alone_all", "run.dir=alone_grpo")
+    alone(folder, *WHOLE, "run.root=alone_all", "run.dir=alone_grpo")
     return folder
 
 
 def test_two_processes_train_the_whole_recipe_as_one_does(folder):
-    said = msrun(folder, 2, "recipe=grpo", "scale=smoke", "run.log_every=1", "run.root=two_all", "run.dir=two_grpo")
+    said = msrun(folder, 2, *WHOLE, "run.root=two_all", "run.dir=two_grpo")
     assert "rank 0 of 2" in said and said.count("kd_student: done") == 1
     for path in sorted((folder / "alone_all").glob("*/metrics.jsonl")):
         assert_same(rows(folder / "two_all" / path.parent.name), rows(path.parent))
@@ -139,6 +140,16 @@ def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_othe
 
 
 @pytest.mark.long
+def test_four_processes_that_share_rows_and_vocabulary_distil_and_reinforce_as_one_does(folder):
+    shared = ["run.root=alone_all", "run.sequence_parallel=2", "run.vocab_parallel=true"]  # on the same answers
+    msrun(folder, 4, *WHOLE, "recipe=kd_student", *shared, "run.dir=four_kd")
+    (student,) = (folder / "alone_all").glob("kd_student-*")
+    # The divided loss is composed of MindSpore's own operations, whose exp is right to 5e-6.
+    assert_same(rows(folder / "four_kd"), rows(student), 5e-6)
+    msrun(folder, 4, *WHOLE, *shared, "run.dir=four_grpo")
+    assert_same(rows(folder / "four_grpo"), rows(folder / "alone_grpo"))
+
+
 def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_resumes(folder):
     arguments = [*SFT, "train.steps=60", "run.dir=killed", "run.save_every=1", "run.shard=none"]
     process = launch(folder, 2, *arguments)
@@ -147,8 +158,7 @@ def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_resumes(fol
         while not list((folder / "killed" / "checkpoints").glob("step-*")):
             assert time.monotonic() < deadline and process.poll() is None, output(folder)
             time.sleep(0.1)
-        victim = next(int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
-                      if b"RANK_ID=1\0" in _environ(path) and b"MS_ROLE=MS_WORKER\0" in _environ(path))
+        victim = next(pid for pid in _children(process.pid) if {b"RANK_ID=1", b"MS_ROLE=MS_WORKER"} <= _variables(pid))
         began = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         assert process.wait(60) != 0
@@ -165,11 +175,13 @@ def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_resumes(fol
     assert found == list(range(1, 61)), "every step once"
 
 
-def _environ(path):
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def _children(pid):
+    """Of msrun: other jobs' ranks have the same variables."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+def _variables(pid):
+    return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
 def test_rows_that_cannot_be_divided_are_told(folder):

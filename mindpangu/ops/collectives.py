@@ -46,6 +46,18 @@ class AllReduce(nn.Cell):
         return self.op(x)
 
 
+class AllMax(nn.Cell):
+    """Maximum over the ranks; float32. No gradient."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.is_composed = not _has_primitives()
+        self.op = AllGather(group) if self.is_composed else ops.AllReduce(ops.ReduceOp.MAX, group.name)
+
+    def construct(self, x):
+        return ops.amax(self.op(x), 0) if self.is_composed else self.op(x)
+
+
 class AllGather(nn.Cell):
     """x [...] of every rank -> [G, ...]; float32. No gradient."""
 
@@ -68,7 +80,7 @@ class AllGather(nn.Cell):
 
 
 class ReduceScatter(nn.Cell):
-    """x [G, C] -> [C]: this rank's row of the sum over the ranks; float32. No gradient."""
+    """x [G, ...] -> [...]: this rank's row of the sum over the ranks; float32. No gradient."""
 
     def __init__(self, group):
         super().__init__()
@@ -76,10 +88,10 @@ class ReduceScatter(nn.Cell):
         self.is_composed = not _has_primitives()
         self.op = ops.AllReduce(group=group.name) if self.is_composed else ops.ReduceScatter(group=group.name)
 
-    def construct(self, x_GC):
+    def construct(self, x):
         if self.is_composed:
-            return self.op(x_GC)[self.rank]
-        return self.op(x_GC.reshape(-1))
+            return self.op(x)[self.rank]
+        return self.op(x.reshape(-1)).reshape(x.shape[1:])
 
 
 class _Exchange(nn.Cell):

@@ -1,7 +1,7 @@
 """The output projection and what is made of its logits, a loss or log-probabilities; the logits of all positions never
 exist.
 
-S positions, D hidden, V vocabulary, C positions of a chunk, K teacher top-k, M metrics.
+S positions, D hidden, V vocabulary, C positions of a chunk, K teacher top-k, M metrics, G ranks.
 """
 
 import mindspore as ms
@@ -10,10 +10,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.primitive import constexpr
 
 from . import kernels
+from .collectives import AllGather, AllMax, AllReduce, ReduceScatter
 from .cross_entropy import cross_entropy
 from .kernels import is_ascendc, is_native
 from .policy_loss import label_logprobs, policy_loss
-from .topk_kl import form, losses_by_operator, topk_kl
+from .topk_kl import form, losses_by_operator, topk_kl, topk_kl_of_part
 
 
 class CrossEntropyHead(nn.Cell):
@@ -52,27 +53,47 @@ class CrossEntropyHead(nn.Cell):
 
 class TopkKlHead(nn.Cell):
     """ce_factor * cross-entropy + kl_factor * KL(teacher || student) of hidden states under the output projection,
-    summed over positions; temperature and tail as in topk_kl, chunk_size and gradients as in CrossEntropyHead."""
+    summed over positions; temperature and tail as in topk_kl, chunk_size and gradients as in CrossEntropyHead.
 
-    def __init__(self, chunk_size, ce_factor, kl_factor, temperature=1.0, tail="bucket", gradients=True):
+    vocab_parallel: (collectives.Group, vocabulary size): its ranks, which have as many positions each, of their own,
+    compute the logits of a chunk of all of them together, each for its share of the vocabulary (Megatron-LM,
+    arXiv:1909.08053, section 3).
+    """
+
+    def __init__(self, chunk_size, ce_factor, kl_factor, temperature=1.0, tail="bucket", gradients=True,
+                 vocab_parallel=None):
         super().__init__()
         self.gradients = gradients
+        self.is_divided = vocab_parallel is not None
         self.form = form(temperature, tail, ce_factor, kl_factor)
+
+        def sums(ce, kl, mass, agreement, weights):
+            ce_sum, kl_sum = (ce * weights).sum(), (kl * weights).sum()
+            metrics = ops.stack((weights.sum(), ce_sum, kl_sum, (mass * weights).sum(), (agreement * weights).sum()))
+            return ce_sum * ce_factor + kl_sum * kl_factor, metrics
 
         def loss_of_chunk(logits, labels, weights, teacher_ids, teacher_logprobs):
             ce, kl, mass, agreement, dlogits = topk_kl(logits, labels, teacher_ids, teacher_logprobs,
                                                        weights * ce_factor, weights * kl_factor, temperature, tail,
                                                        gradients)
-            ce_sum, kl_sum = (ce * weights).sum(), (kl * weights).sum()
-            metrics = ops.stack((weights.sum(), ce_sum, kl_sum, (mass * weights).sum(), (agreement * weights).sum()))
-            return ce_sum * ce_factor + kl_sum * kl_factor, metrics, dlogits
+            return *sums(ce, kl, mass, agreement, weights), dlogits
 
-        self.reference = _ChunkedHead(loss_of_chunk, 5, chunk_size, gradients)
+        def loss_of_part(logits, offset, vocab_size, all_max, all_sum, own, labels, weights, teacher_ids,
+                         teacher_logprobs):
+            ce, kl, mass, agreement, dlogits = topk_kl_of_part(
+                logits, labels, teacher_ids, teacher_logprobs, weights * ce_factor, weights * kl_factor, offset,
+                vocab_size, all_max, all_sum, temperature, tail, gradients)
+            return *sums(own(ce), own(kl), own(mass), own(agreement), own(weights)), dlogits
+
+        if vocab_parallel is None:
+            self.reference = _ChunkedHead(loss_of_chunk, 5, chunk_size, gradients)
+        else:
+            self.reference = _DividedHead(loss_of_part, 5, chunk_size, gradients, *vocab_parallel)
 
     def construct(self, hidden_SD, weight_VD, labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK):
         """Returns the loss sum, differentiable, and metric_sums_5: the sums over positions of the weight, and of the
         weight times ce, kl, teacher mass and agreement. Weight 0: not a target."""
-        if not is_native("head_loss"):
+        if self.is_divided or not is_native("head_loss"):
             loss, metrics, _, _ = self.reference(hidden_SD, weight_VD,
                                                  (labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK))
         elif self.gradients:
@@ -172,6 +193,14 @@ class _ChunkedHead(nn.Cell):
         self.hidden_grad = ops.MatMul()
         self.weight_grad = ops.MatMul(transpose_a=True)
 
+    def own_rows(self, weight_VD):
+        """The rows of the projection that run_chunk takes."""
+        return weight_VD
+
+    def all_rows(self, d_weight_VD):
+        """The gradient of all rows, given that of those."""
+        return d_weight_VD
+
     def run_chunk(self, hidden_CD, weight_VD, targets):
         loss, metrics, dlogits = self.logits_loss(self.project(hidden_CD, weight_VD), *targets)
         if not self.gradients:
@@ -182,6 +211,7 @@ class _ChunkedHead(nn.Cell):
     def construct(self, hidden_SD, weight_VD, targets):
         """targets: a tuple of tensors [S, ...]. Returns loss_sum, metric_sums_M and the gradients that bprop reads."""
         num_positions, hidden_size = hidden_SD.shape
+        weight_VD = self.own_rows(weight_VD)
         chunk = self.chunk_size
         if num_positions <= chunk:
             return self.run_chunk(hidden_SD, weight_VD, targets)
@@ -219,7 +249,58 @@ class _ChunkedHead(nn.Cell):
         for target in targets:
             d_targets = d_targets + (ops.zeros_like(target),)
         d_hidden = ops.cast(out[2] * dout[0], hidden_SD.dtype)
-        return d_hidden, ops.cast(out[3] * dout[0], weight_VD.dtype), d_targets
+        return d_hidden, self.all_rows(ops.cast(out[3] * dout[0], weight_VD.dtype)), d_targets
+
+
+class _DividedHead(_ChunkedHead):
+    """As _ChunkedHead where each of G ranks has other positions and its share of the vocabulary: the hidden states and
+    targets of a chunk are gathered, the gradients of the hidden states summed and handed back.
+
+    logits_loss(logits, offset, vocab_size, all_max, all_sum, own, *targets): see topk_kl_of_part; all positions of the
+    ranks' chunks, of which own(x) are this rank's, whose losses and metrics it returns.
+    """
+
+    def __init__(self, logits_loss, num_metrics, chunk_size, gradients, group, vocab_size):
+        super().__init__(logits_loss, num_metrics, chunk_size, gradients)
+        self.rank, self.size, self.vocab_size = group.rank, group.size, vocab_size
+        share = -(-vocab_size // group.size)
+        self.first, self.last = min(group.rank * share, vocab_size), min((group.rank + 1) * share, vocab_size)
+        self.all_max, self.all_sum = AllMax(group), AllReduce(group)
+        self.all_gather, self.reduce_scatter = AllGather(group), ReduceScatter(group)
+
+    def own_rows(self, weight_VD):
+        return weight_VD[self.first:self.last]
+
+    def all_rows(self, d_weight_VD):
+        parts = ()
+        if self.first > 0:
+            parts = parts + (ops.zeros((self.first, d_weight_VD.shape[1]), d_weight_VD.dtype),)
+        parts = parts + (d_weight_VD,)
+        if self.last < self.vocab_size:
+            parts = parts + (ops.zeros((self.vocab_size - self.last, d_weight_VD.shape[1]), d_weight_VD.dtype),)
+        return ops.concat(parts, 0)
+
+    def of_all(self, x):
+        """[C, ...] of each rank -> [G C, ...]."""
+        return self.all_gather(x).reshape((-1,) + x.shape[1:])
+
+    def run_chunk(self, hidden_CD, weight_VD, targets):
+        chunk, hidden_size = hidden_CD.shape
+        hidden = self.of_all(hidden_CD)
+        everyone = ()
+        for target in targets:  # tokens as numbers: below 2^24 a float32 holds them
+            everyone = everyone + (ops.cast(self.of_all(ops.cast(target, ms.float32)), target.dtype),)
+
+        def own(x):
+            return x.reshape(self.size, chunk)[self.rank]
+
+        loss, metrics, dlogits = self.logits_loss(self.project(hidden, weight_VD), self.first, self.vocab_size,
+                                                  self.all_max, self.all_sum, own, *everyone)
+        if not self.gradients:
+            return loss, metrics, loss, loss
+        d_weight = ops.cast(self.weight_grad(dlogits, hidden), ms.float32)
+        d_hidden = ops.cast(self.hidden_grad(dlogits, weight_VD), ms.float32).reshape(self.size, chunk, hidden_size)
+        return loss, metrics, ops.cast(self.reduce_scatter(d_hidden), hidden_CD.dtype), d_weight
 
 
 def _in_chunks(x, padding, chunk):

@@ -14,13 +14,15 @@ def loss_weights(kd):
     return (1.0 - kd.weight if kd.loss_form == "convex" else 1.0), kd.weight
 
 
-def make_loss(model, kd, row_len, logits_chunk, gradients=True):
+def make_loss(model, kd, row_len, logits_chunk, gradients=True, vocab_group=None):
     """loss_fn(*Batch.arrays() of one micro-batch) -> (loss_sum, [weight, ce, kl, teacher mass, agreement sums]).
 
     The batch's extras are teacher_ids [S, K] and teacher_logprobs [S, K]. See runtime.loop for the contract.
-    gradients: False for a loss that is only measured, which costs a third.
+    gradients: False for a loss that is only measured, which costs a third. vocab_group: ranks that divide the
+    vocabulary among them, see TopkKlHead.
     """
-    head = TopkKlHead(logits_chunk, *loss_weights(kd), kd.temperature, kd.tail, gradients)
+    head = TopkKlHead(logits_chunk, *loss_weights(kd), kd.temperature, kd.tail, gradients,
+                      vocab_group and (vocab_group, model.config.vocab_size))
 
     def loss_fn(tokens_T, positions_T, cu_seqlens_C, target_index_S, labels_S, weights_S, teacher_ids_SK,
                 teacher_logprobs_SK):
