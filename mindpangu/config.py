@@ -170,26 +170,44 @@ class TrainConfig(_Section):
 
 
 @dataclass
-class RolloutServerConfig(_Section):
-    """An OpenAI-compatible server that takes and returns token ids and log-probabilities: vLLM, or mindpangu.serve."""
+class ServerConfig(_Section):
+    """A model behind an OpenAI-compatible server."""
 
+    _name = ""  # the section's, in errors
     url: str | None = None  # for example http://127.0.0.1:8000/v1
     model: str = "mindpangu"  # its name there
     api_key_env: str | None = None  # environment variable that holds the key
-    timeout_s: float = 3600.0  # of a request: prompts_per_request answers
+    timeout_s: float = 3600.0  # of a request
     max_retries: int = 5
     num_parallel: int = 8  # requests at a time
-    prompts_per_request: int = 64
+
+    def check(self):
+        _require(self.timeout_s > 0, f"{self._name}.timeout_s={self.timeout_s}: expected above 0.")
+        _at_least(f"{self._name}.max_retries", self.max_retries, 0)
+        _at_least(f"{self._name}.num_parallel", self.num_parallel, 1)
+
+
+def _check_engine(name, engine, server, engines):
+    _one_of(f"{name}.engine", engine, engines)
+    _require((engine == "openai") == (server.url is not None),
+             f"{name}.engine={engine} with {name}.server.url={server.url}: a server needs both {name}.engine=openai "
+             "and its URL.")
+
+
+@dataclass
+class RolloutServerConfig(ServerConfig):
+    """A server that takes and returns token ids and log-probabilities: vLLM, or mindpangu.serve."""
+
+    _name = "rollout.server"
+    prompts_per_request: int = 64  # whose answers are one reply
     weights_dir: str | None = None  # where weights are handed over, seen by the server under the same path; null:
     #                                 "served" in the run folder
     reload_url: str | None = None  # POSTed when weights have changed; null: <url without /v1>/reload
     reload_body: str = '{"path": "{folder}"}'  # {folder}: the safetensors folder
 
     def check(self):
-        _require(self.timeout_s > 0, f"rollout.server.timeout_s={self.timeout_s}: expected above 0.")
-        _at_least("rollout.server.max_retries", self.max_retries, 0)
-        for name in ("num_parallel", "prompts_per_request"):
-            _at_least(f"rollout.server.{name}", getattr(self, name), 1)
+        super().check()
+        _at_least("rollout.server.prompts_per_request", self.prompts_per_request, 1)
         _require("{folder}" in self.reload_body,
                  f"rollout.server.reload_body={self.reload_body!r}: expected JSON with {{folder}} in it.")
 
@@ -213,10 +231,7 @@ class RolloutConfig(_Section):
     server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
 
     def check(self):
-        _one_of("rollout.engine", self.engine, ("builtin", "openai"))
-        _require((self.engine == "openai") == (self.server.url is not None),
-                 f"rollout.engine={self.engine} with rollout.server.url={self.server.url}: a server needs both "
-                 "rollout.engine=openai and its URL.")
+        _check_engine("rollout", self.engine, self.server, ("builtin", "openai"))
         _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("rollout.temperature", self.temperature, 0)
         _at_least("rollout.top_k", self.top_k, 0)
@@ -225,6 +240,20 @@ class RolloutConfig(_Section):
             _at_least(f"rollout.{name}", getattr(self, name), 1)
         for criterion in self.drop:
             _one_of("rollout.drop", criterion, ("truncated", "repetitive", "wrong", "short"))
+
+
+@dataclass
+class TeacherServerConfig(ServerConfig):
+    """A server that returns the log-probabilities of a prompt's tokens, by token ids: vLLM, or mindpangu.serve. It
+    serves the weights of the folder that teacher= names."""
+
+    _name = "kd.server"
+    prompts_per_request: int = 8  # samples in one, at kd.top_k=10 about 0.8 KB of reply for each token of theirs, and
+    #                               several times that once read; 1 for vLLM, which batches requests by itself
+
+    def check(self):
+        super().check()
+        _at_least("kd.server.prompts_per_request", self.prompts_per_request, 1)
 
 
 @dataclass
@@ -239,12 +268,16 @@ class DistillConfig(_Section):
     temperature: float = 1.0
     tail: str = "bucket"  # bucket | renormalised_teacher | renormalised_both | truncated
     ce_on: str = "response"  # response | off: then L = weight * KL
+    engine: str = "builtin"  # who computes the teacher: builtin: this process | mindformers: its GPTModel, in this
+    #                          process | openai: kd.server
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
 
     def check(self):
         _one_of("kd.answers", self.answers, ("label", "teacher", "student"))
         _one_of("kd.loss_form", self.loss_form, ("convex", "additive"))
         _one_of("kd.tail", self.tail, ("bucket", "renormalised_teacher", "renormalised_both", "truncated"))
         _one_of("kd.ce_on", self.ce_on, ("response", "off"))
+        _check_engine("kd", self.engine, self.server, ("builtin", "mindformers", "openai"))
         _at_least("kd.weight", self.weight, 0)
         _require(self.loss_form != "convex" or self.weight <= 1,
                  f"kd.weight={self.weight}: the convex form (1 - weight) * CE + weight * KL needs it from 0 to 1.")
@@ -347,22 +380,17 @@ class CodeRewardConfig(_Section):
 
 
 @dataclass
-class JudgeConfig(_Section):
-    """The language model that judges answers to open-ended prompts, behind an OpenAI-compatible endpoint."""
+class JudgeConfig(ServerConfig):
+    """The language model that judges answers to open-ended prompts."""
 
-    url: str | None = None  # for example http://127.0.0.1:8000/v1
-    model: str = "judge"  # its name there
-    mode: str = "score"  # score: a mark for each answer | pairwise: comparisons in both orders
-    api_key_env: str | None = None  # environment variable that holds the key
+    _name = "rewards.judge"
+    model: str = "judge"
     timeout_s: float = 60.0
-    max_retries: int = 5
-    num_parallel: int = 8
+    mode: str = "score"  # score: a mark for each answer | pairwise: comparisons in both orders
 
     def check(self):
+        super().check()
         _one_of("rewards.judge.mode", self.mode, ("score", "pairwise"))
-        _require(self.timeout_s > 0, f"rewards.judge.timeout_s={self.timeout_s}: expected above 0.")
-        _at_least("rewards.judge.max_retries", self.max_retries, 0)
-        _at_least("rewards.judge.num_parallel", self.num_parallel, 1)
 
 
 @dataclass

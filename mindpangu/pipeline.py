@@ -175,7 +175,9 @@ class Plan:
         fields = as_dict(recipe)
         for section in ("run", "eval", "export", "init_from", "teacher", "scale", "recipe"):
             fields.pop(section, None)
-        if recipe.task != "distill":
+        if recipe.task == "distill":
+            del fields["kd"]["server"]
+        else:
             del fields["kd"]
         if recipe.task != "grpo":
             del fields["grpo"], fields["rewards"]
@@ -555,15 +557,13 @@ def _accuracy(plan, model):
 
 
 def _remote_generator(plan, model):
-    from .data.endpoint import Endpoint
+    from .data.endpoint import connect
     from .distillation.remote import RemoteGenerator
 
     rollout = plan.recipe.rollout
     server = rollout.server
-    endpoint = Endpoint(server.url, server.model, server.api_key_env, timeout_s=server.timeout_s,
-                        max_retries=server.max_retries, num_parallel=server.num_parallel)
     folder = Path(server.weights_dir) if server.weights_dir else plan.folder / "served"
-    return RemoteGenerator(endpoint, rollout, eos_id=plan.recipe.model.eos_id, folder=folder,
+    return RemoteGenerator(connect(server), rollout, eos_id=plan.recipe.model.eos_id, folder=folder,
                            save_model=lambda folder: _save_model(plan, model, folder))
 
 
@@ -663,14 +663,28 @@ def _sampler(plan, by, model=None):
 
 def _annotator(plan):
     """The teacher, ready to score."""
+    if "annotator" not in plan.engines:
+        plan.engines["annotator"] = _make_annotator(plan)
+    return plan.engines["annotator"]
+
+
+def _make_annotator(plan):
+    recipe, kd = plan.recipe, plan.recipe.kd
+    if kd.engine == "openai":
+        from .data.endpoint import connect
+        from .distillation.remote import RemoteAnnotator
+
+        return RemoteAnnotator(connect(kd.server), top_k=kd.top_k, row_len=recipe.data.seq_len,
+                               vocab_size=recipe.model.vocab_size, prompts_per_request=kd.server.prompts_per_request)
+    shapes = {"top_k": kd.top_k, "row_len": recipe.data.seq_len, "num_rows": recipe.train.micro_batch_rows,
+              "chunk_size": recipe.run.logits_chunk, "mode": recipe.run.mode}
+    if kd.engine == "mindformers":
+        from .distillation.mindformers import MindformersAnnotator
+
+        return MindformersAnnotator(plan.teacher.folder, **shapes)
     from .distillation.annotate import Annotator
 
-    recipe = plan.recipe
-    if "annotator" not in plan.engines:
-        plan.engines["annotator"] = Annotator(
-            _load(plan, plan.teacher.folder), top_k=recipe.kd.top_k, row_len=recipe.data.seq_len,
-            num_rows=recipe.train.micro_batch_rows, chunk_size=recipe.run.logits_chunk, mode=recipe.run.mode)
-    return plan.engines["annotator"]
+    return Annotator(_load(plan, plan.teacher.folder), **shapes)
 
 
 def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
@@ -744,8 +758,9 @@ def _annotations(plan, split, model=None, folder=None):
         drop = rollout.drop if split == "train" else []
         source = {"answers": xxhash.xxh3_128_hexdigest((answers.folder / "manifest.json").read_bytes()),
                   "drop": " ".join([*drop, *([str(rollout.min_tokens), str(rollout.max_repeats)] if drop else [])])}
-    binding = {"teacher": plan.teacher.digest, "tokenizer": plan.tokenizer.digest, "template": template_digest(),
-               "top_k": str(recipe.kd.top_k), "seq_len": str(data.seq_len), **source}
+    by = {"builtin": "", "mindformers": " by mindformers", "openai": " by a server"}[recipe.kd.engine]
+    binding = {"teacher": f"{plan.teacher.digest}{by}", "tokenizer": plan.tokenizer.digest,
+               "template": template_digest(), "top_k": str(recipe.kd.top_k), "seq_len": str(data.seq_len), **source}
     folder = (folder / "annotations" if folder else
               plan.root / f"annotations-{recipe.scale}-{make_key('annotations', None, binding)}")
     shards = _open_shards(folder, binding, num_shards)
@@ -766,7 +781,7 @@ def _annotations(plan, split, model=None, folder=None):
             return shards
         started = time.monotonic()
         say(f"annotate: the teacher scores the {'reference ' if by_label else ''}answers to {len(examples)} {split} "
-            f"prompts, top {recipe.kd.top_k}, in {folder}")
+            f"prompts, top {recipe.kd.top_k}{by}, in {folder}")
         with Reporter("annotated shards", num_shards, shards.num_done) as reporter:
             annotate_shards(_annotator(plan), samples_of, SharedShards(shards, world()), reporter)
         dropped = sum(map(Counter, world().gather("count what was dropped", dropped)), Counter())

@@ -8,6 +8,8 @@ other, each as a batch of its prompts and samples; nobody is asked for a key: ke
                              top_k, seed, logprobs (0), return_token_ids. A text is one of ordinary characters; special
                              tokens are given by id. Log-probabilities are those of the distribution sampled from, and
                              kept_logprobs the mass that top_p and top_k left in it; tokens include the turn end.
+                             prompt_logprobs: a number k; the reply has, in vLLM's form and at temperature 1, the log-
+                             probabilities of each of the prompt's tokens after the first and of the k most likely ones
   POST /v1/chat/completions  messages: role, content and an assistant's reasoning_content; logprobs (true or false) and
                              the rest as above
   POST /reload               path: a folder of safetensors of the same model, whose weights replace the ones in use
@@ -74,9 +76,10 @@ class _Request(NamedTuple):
 
 
 class Engine:
-    """The model, its tokenizer and its Generators. Everything but `tokenizer` and the numbers is of one thread."""
+    """The model, its tokenizer, its Generators and its Annotator. Everything but `tokenizer` and the numbers is of one
+    thread."""
 
-    def __init__(self, folder, run, *, num_slots, max_prompt_len, max_new_tokens, seed):
+    def __init__(self, folder, run, *, num_slots, max_prompt_len, max_new_tokens, max_logprobs, seed):
         from mindpangu.model.weights import load_model
 
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
@@ -89,7 +92,9 @@ class Engine:
             raise ValueError(f"--max-prompt-len {self.max_prompt_len} and --max-new-tokens {self.max_new_tokens}: "
                              f"expected at most {limit} together, what the model was made for.")
         self.weights, self.num_slots, self.vocab_size = str(folder), num_slots, self.model.config.vocab_size
+        self.max_logprobs, self.logits_chunk = min(max_logprobs, self.vocab_size), run.logits_chunk
         self._generators = {}  # (temperature, top_k, top_p, tokens of an answer) -> Generator
+        self._annotator = None  # made for the first prompt_logprobs
         self._seeds = np.random.Generator(np.random.Philox(seed))
 
     def generate(self, request):
@@ -99,13 +104,31 @@ class Engine:
                 for sample in range(request.num_samples)]
         generator = self._generator(request.sampling, request.max_tokens)
         answers = generator.generate([request.prompts[prompt] for _, prompt, _ in keys], keys)
-        if not all(np.isfinite(answer.logprobs).all() for answer in answers):
-            raise _RequestError(f"the model's log-probabilities are not finite: check its weights, {self.weights}.",
-                                status=500)
+        self._check_finite([answer.logprobs for answer in answers])
         count = request.max_tokens
         cut = [(answer.tokens[:count], answer.logprobs[:count], answer.kept_logprobs[:count],
                 not answer.truncated and len(answer.tokens) <= count) for answer in answers]
         return [cut[i:i + request.num_samples] for i in range(0, len(cut), request.num_samples)]
+
+    def score(self, prompts):
+        """For each prompt, of its T - 1 tokens after the first: the max_logprobs most likely tokens in their place,
+        these tokens' log-probabilities, and its own."""
+        from mindpangu.data.batches import tokenized_to_samples
+        from mindpangu.distillation.annotate import Annotator
+
+        if self._annotator is None:
+            self._annotator = Annotator(self.model, top_k=self.max_logprobs, row_len=self.max_prompt_len, num_rows=1,
+                                        chunk_size=min(self.logits_chunk, self.max_prompt_len))
+        scored = self._annotator.top_logprobs(
+            tokenized_to_samples([(prompt, np.arange(len(prompt)) > 0) for prompt in prompts]))
+        self._check_finite(scored[1:])
+        ends = np.cumsum([len(prompt) - 1 for prompt in prompts])[:-1]
+        return list(zip(*(np.split(array, ends) for array in scored), strict=True))
+
+    def _check_finite(self, arrays):
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise _RequestError(f"the model's log-probabilities are not finite: check its weights, {self.weights}.",
+                                status=500)
 
     def _generator(self, sampling, max_tokens):
         from mindpangu.model.generate import Generator
@@ -127,6 +150,7 @@ class Engine:
         import mindspore as ms
 
         self._generators.clear()
+        self._annotator = None
         gc.collect()
         ms.ms_memory_recycle()  # compiled graphs hold the caches of the Generators that are gone
 
@@ -267,15 +291,20 @@ def _shown(value):
 
 def complete(engine, run, body):
     """The reply to /v1/completions; run(function, *arguments) calls it in the engine's thread."""
-    _check_fields(body, engine, ("prompt", *_SAMPLING_FIELDS))
+    _check_fields(body, engine, ("prompt", "prompt_logprobs", *_SAMPLING_FIELDS))
     max_tokens = _integer(body, "max_tokens", min(16, engine.max_new_tokens), 1, sys.maxsize)
     logprobs = _field(body, "logprobs", None, lambda value: type(value) is int and value in (0, 1), "0 or 1: the "
                       "log-probability of each token; others are not supported")
     with_ids = _flag(body, "return_token_ids")
+    num_likely = _field(body, "prompt_logprobs", None,
+                        lambda value: type(value) is int and 0 <= value <= engine.max_logprobs,
+                        f"an integer from 0 to {engine.max_logprobs} (--max-logprobs)")
     request = _read_sampling(body, engine, _read_prompts(body, engine), max_tokens)
-    groups = run(engine.generate, request)
+    # Of the same weights: nothing is reloaded within a job.
+    groups, scored = run(lambda: (engine.generate(request),
+                                  None if num_likely is None else engine.score(request.prompts)))
     choices = []
-    for prompt, answers in zip(request.prompts, groups, strict=True):
+    for place, (prompt, answers) in enumerate(zip(request.prompts, groups, strict=True)):
         before = engine.tokenizer.decode(prompt)
         for tokens, token_logprobs, kept_logprobs, ended in answers:
             choice = {"index": len(choices), "text": _continuation(engine.tokenizer, prompt, before, tokens),
@@ -284,6 +313,8 @@ def complete(engine, run, body):
                 choice["logprobs"] = {"tokens": [f"token_id:{token}" for token in tokens],
                                       "token_logprobs": token_logprobs.tolist(), "top_logprobs": None,
                                       "kept_logprobs": kept_logprobs.tolist()}
+            if scored:
+                choice["prompt_logprobs"] = _prompt_logprobs(prompt, *scored[place], num_likely)
             choices.append(choice | (_ids(prompt, tokens) if with_ids else {}))
     return _reply("cmpl", "text_completion", request, groups, choices)
 
@@ -335,6 +366,18 @@ def _reply(prefix, kind, request, groups, choices):
 
 def _ids(prompt, tokens):
     return {"token_ids": tokens.tolist(), "prompt_token_ids": prompt.tolist()}
+
+
+def _prompt_logprobs(prompt, ids, logprobs, own_logprobs, num_likely):
+    """vLLM's choices[].prompt_logprobs. A rank beyond those computed is null, as are the decoded tokens."""
+    positions = [None]
+    for token, likely, their_logprobs, own in zip(prompt[1:].tolist(), ids.tolist(), logprobs.tolist(),
+                                                  own_logprobs.tolist(), strict=True):
+        ranks = {other: rank for rank, other in enumerate(likely, 1)}
+        entries = {token: own} | dict(zip(likely[:num_likely], their_logprobs, strict=False))
+        positions.append({str(other): {"logprob": logprob, "rank": ranks.get(other), "decoded_token": None}
+                          for other, logprob in entries.items()})
+    return positions
 
 
 def _continuation(tokenizer, prompt, before, tokens):
@@ -473,19 +516,22 @@ def main():
     parser.add_argument("--num-slots", type=int, default=8, help="sequences generated at a time (8)")
     parser.add_argument("--max-prompt-len", type=int, default=0, help="tokens of a prompt (1024, or the model's rest)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="tokens of an answer (512, or half the model's)")
+    parser.add_argument("--max-logprobs", type=int, default=20, help="the most that prompt_logprobs may be (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests that name none (0)")
     arguments = parser.parse_args()
     try:
-        if min(arguments.max_prompt_len, arguments.max_new_tokens, arguments.seed) < 0 or arguments.num_slots < 1:
+        if (min(arguments.max_prompt_len, arguments.max_new_tokens, arguments.seed) < 0 or
+                min(arguments.num_slots, arguments.max_logprobs) < 1):
             raise ValueError(f"--max-prompt-len {arguments.max_prompt_len}, --max-new-tokens "
-                             f"{arguments.max_new_tokens}, --seed {arguments.seed}, --num-slots {arguments.num_slots}: "
-                             "expected at least 0, 0, 0 and 1.")
+                             f"{arguments.max_new_tokens}, --seed {arguments.seed}, --num-slots {arguments.num_slots}, "
+                             f"--max-logprobs {arguments.max_logprobs}: expected at least 0, 0, 0, 1 and 1.")
         folder = find_model(arguments.run)
         run = RunConfig(device=arguments.device, kernels=arguments.kernels, precision=arguments.precision)
         server = _listen(arguments.host, arguments.port)
         start(run)
         server.engine = Engine(folder, run, num_slots=arguments.num_slots, max_prompt_len=arguments.max_prompt_len,
-                               max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+                               max_new_tokens=arguments.max_new_tokens, max_logprobs=arguments.max_logprobs,
+                               seed=arguments.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -1,5 +1,7 @@
 """Shared fixtures: MindSpore on CPU, random models, transformers as the oracle, a run of the whole recipe."""
 
+import contextlib
+import re
 import runpy
 import subprocess
 import sys
@@ -136,6 +138,23 @@ def judge_server(judge_process):
     """A judge in its first state: no faults, an empty log."""
     judge_process.set()
     return judge_process
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """The context manager serving(folder, *options) -> url of a mindpangu.serve process."""
+
+    @contextlib.contextmanager
+    def start(folder, *options):
+        command = [sys.executable, "-m", "mindpangu.serve", str(folder), "--port", "0", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            try:
+                lines = iter(process.stdout.readline, "")
+                yield next(match[1] for line in lines if (match := re.search(r"serving .* at (http://\S+/v1)", line)))
+            finally:
+                process.kill()
+
+    return start
 
 
 @pytest.fixture

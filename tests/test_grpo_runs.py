@@ -1,6 +1,5 @@
 """GRPO as a user runs it, at scale=smoke: what is on disk, how it resumes, and rollouts by a server."""
 
-import contextlib
 import json
 import os
 import re
@@ -154,18 +153,7 @@ def test_an_option_runs_and_changes_the_loss(copy, option):
         assert ours[1][1:3] != whole[1][1:3]
 
 
-@contextlib.contextmanager
-def serving(folder, *options):
-    command = [sys.executable, "-m", "mindpangu.serve", folder, "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            lines = iter(process.stdout.readline, "")
-            yield next(match[1] for line in lines if (match := re.search(r"serving .* at (http://\S+/v1)", line)))
-        finally:
-            process.kill()
-
-
-def test_rollouts_by_a_server_use_the_weights_of_the_moment(copy):
+def test_rollouts_by_a_server_use_the_weights_of_the_moment(copy, serving):
     """The trainer's log-probabilities, of its weights, are those that the server sampled by, in every rollout and
     within the kept set of top-k and top-p: so its weights are the trainer's."""
     start = next(copy.glob("runs/kd_student-smoke-*"))

@@ -221,6 +221,28 @@ def test_the_projects_client_gets_along_with_it(server):
         )["choices"][0]["message"]["content"]
 
 
+def test_a_prompts_logprobs_are_in_vllms_form(server):
+    """The numbers are checked by tests/distillation/test_remote.py."""
+    prompts = ragged_prompts(4, seed=9)
+    choices = server.complete(prompts, max_tokens=1, n=2, prompt_logprobs=5)
+    assert [choice["prompt_logprobs"] for choice in choices[::2]] == [
+        choice["prompt_logprobs"] for choice in choices[1::2]]
+    outside = 0
+    for prompt, choice in zip(prompts, choices[::2], strict=True):
+        first, *rest = choice["prompt_logprobs"]
+        assert first is None and len(rest) == len(prompt) - 1
+        for token, entries in zip(prompt[1:], rest, strict=True):
+            assert all(entry.keys() == {"logprob", "rank", "decoded_token"} for entry in entries.values())
+            ranked = sorted((entry["rank"] or 21, entry["logprob"]) for entry in entries.values())
+            assert [rank for rank, _ in ranked[:5]] == [1, 2, 3, 4, 5] and len(ranked) <= 6
+            assert [logprob for _, logprob in ranked] == sorted((logprob for _, logprob in ranked), reverse=True)
+            assert str(token) in entries and sum(np.exp(logprob) for _, logprob in ranked) < 1
+            outside += len(ranked) == 6
+    assert outside, "some tokens are not among the most likely"
+    [choice] = server.complete([5, 6, 7], prompt_logprobs=0)
+    assert [list(entries) for entries in choice["prompt_logprobs"][1:]] == [["6"], ["7"]]
+
+
 # ---- Chats
 
 def test_a_chat_is_the_template_around_a_completion(server, generate, tokenizer):
@@ -393,6 +415,8 @@ def test_clients_that_stop_in_the_middle_or_reset_the_connection_are_hung_up_on_
     ({"stop": ["\n"]}, "stop", 'stop=["\\n"] is not supported'), ({"stop": "x"}, "stop", "not supported"),
     ({"stop_token_ids": [5]}, "stop_token_ids", "expected [] or [4]"), ({"echo": True}, "echo", "not supported"),
     ({"best_of": 3}, "best_of", "best_of is unknown"), ({"temprature": 1}, "temprature", "temprature is unknown"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "expected an integer from 0 to 20 (--max-logprobs)"),
+    ({"prompt_logprobs": True}, "prompt_logprobs", "prompt_logprobs=true: expected an integer"),
     ({"messages": []}, "messages", "messages is unknown"), ({"min_p": 0.1}, "min_p", "min_p=0.1 is not supported"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
     ({"n": "\ud83d"}, "n", r'n="\ud83d": expected'), ({"\ud83d": 1}, "\ud83d", r"\ud83d is unknown"),

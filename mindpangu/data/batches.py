@@ -67,6 +67,14 @@ def documents_to_samples(documents, seq_len):
     return tokenized_to_samples([(piece, np.arange(len(piece)) > 0) for piece in pieces])
 
 
+def long_samples_error(lengths_N, seq_len):
+    """The ValueError about samples that do not fit in a row."""
+    return ValueError(
+        f"data.seq_len={seq_len}: {np.count_nonzero(lengths_N > seq_len)} of {lengths_N.size} samples are longer, the "
+        f"longest sample has {lengths_N.max()} tokens; raise data.seq_len or shorten the samples."
+    )
+
+
 class PackedRows:
     """Samples packed into rows, to be assembled into batches of fixed shapes.
 
@@ -91,10 +99,7 @@ class PackedRows:
         kept = np.flatnonzero(lengths_N <= seq_len)
         self.num_samples, self.num_dropped = kept.size, lengths_N.size - kept.size
         if not kept.size or (self.num_dropped and on_long == "raise"):
-            raise ValueError(
-                f"data.seq_len={seq_len}: {self.num_dropped} of {lengths_N.size} samples are longer, the longest "
-                f"sample has {lengths_N.max()} tokens; raise data.seq_len or shorten the samples."
-            )
+            raise long_samples_error(lengths_N, seq_len)
         order_N, self._row_starts = pack_best_fit(lengths_N[kept], seq_len)
         self._order_N = order_N = kept[order_N]
         # Per sample in packed order: where its tokens and its targets start, and how many there are.

@@ -31,6 +31,12 @@ class EndpointError(OSError):
         self.refused = refused
 
 
+def connect(server, cache=None):
+    """The Endpoint of a ServerConfig whose url is set."""
+    return Endpoint(server.url, server.model, server.api_key_env, timeout_s=server.timeout_s,
+                    max_retries=server.max_retries, num_parallel=server.num_parallel, cache=cache)
+
+
 class Endpoint:
     """An OpenAI-compatible server and a model on it; all methods may be called from many threads.
 
@@ -102,11 +108,13 @@ class Endpoint:
                                 "choices[0].message.content: expected an OpenAI-compatible server; check the url.")
         return content or ""
 
-    def map(self, bodies, path="/completions", on_done=None, return_errors=False):
+    def map(self, bodies, path="/completions", on_done=None, return_errors=False, read=None):
         """The answers to many bodies, in their order, num_parallel asked at a time.
 
         on_done(count) is called after each answer with how many there are. The first EndpointError is raised and the
         remaining bodies are not sent; with return_errors it stands in the place of its answer instead.
+        read(i, answer) is called in the thread that asked, and what it returns is kept instead of the answer: for
+        answers that together would fill the memory.
         """
         answers, pending, finished = [None] * len(bodies), deque(enumerate(bodies)), queue.SimpleQueue()
 
@@ -117,7 +125,8 @@ class Endpoint:
                 except IndexError:
                     return
                 try:
-                    finished.put((i, self.post(path, body), None))
+                    answer = self.post(path, body)
+                    finished.put((i, read(i, answer) if read else answer, None))
                 except Exception as error:  # noqa: BLE001 - raised below, in the thread that called
                     finished.put((i, None, error))
 

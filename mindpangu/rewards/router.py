@@ -60,12 +60,10 @@ class Rewards:
             raise ValueError("rewards.judge.url is missing: problems without an answer or tests are judged by a "
                              "language model; give its OpenAI-compatible endpoint, for example "
                              "rewards.judge.url=http://127.0.0.1:8000/v1, or remove those problems.")
-        from ..data.endpoint import Endpoint
+        from ..data.endpoint import connect
         from .preference import PreferenceJudge
 
-        return PreferenceJudge(Endpoint(judge.url, judge.model, judge.api_key_env, timeout_s=judge.timeout_s,
-                                        max_retries=judge.max_retries, num_parallel=judge.num_parallel,
-                                        cache=self.cache), judge.mode)
+        return PreferenceJudge(connect(judge, self.cache), judge.mode)
 
     def check(self, problems):
         """Raise ValueError for the first problem that its verifier cannot judge, naming its place."""
