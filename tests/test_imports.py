@@ -23,9 +23,9 @@ ALLOWED = {
     "runtime": {"config", "ops", "ascend_kernels"},
 }
 NEVER_MINDSPORE = ("config", "data", "rewards")
-NUMPY_ONLY = ("distillation/cache.py", "model/memory.py", "model/mindir.py", "model/runner.py", "model/size.py",
-              "model/uniforms.py", "model/weights.py", "runtime/checkpoint.py", "runtime/metrics.py", "doctor.py",
-              "pipeline.py", "train.py")
+NUMPY_ONLY = ("distillation/cache.py", "model/memory.py", "model/mindformers.py", "model/mindir.py", "model/runner.py",
+              "model/size.py", "model/uniforms.py", "model/weights.py", "runtime/checkpoint.py", "runtime/metrics.py",
+              "doctor.py", "pipeline.py", "train.py")
 ENTRY_POINTS = {"train", "rollout", "annotate", "chat", "serve", "evaluate", "export", "doctor"}
 
 
@@ -76,6 +76,15 @@ def test_mindspore_stays_out_of_what_runs_without_it(path):
         assert not any(name.split(".")[0] == "mindspore" for name in _imports(path))
     elif relative in NUMPY_ONLY:
         assert not any(name.split(".")[0] == "mindspore" for name in _imports(path, top_level_only=True))
+
+
+def test_mindformers_is_imported_where_its_model_is_built_and_late():
+    """The import takes 5 s and writes files."""
+    importing = {str(path.relative_to(PACKAGE)) for path in _files()
+                 if any(name.split(".")[0] == "mindformers" for name in _imports(path))}
+    assert importing == {"distillation/mindformers.py"}
+    path = PACKAGE / "distillation" / "mindformers.py"
+    assert not any(name.split(".")[0] == "mindformers" for name in _imports(path, top_level_only=True))
 
 
 def test_checking_a_recipe_imports_no_mindspore():

@@ -13,12 +13,14 @@ from .cache import decode_topk, encode_topk
 
 
 class Annotator:
-    """A teacher ready to score samples; the logits of at most chunk_size positions exist at a time."""
+    """A teacher ready to score samples; the logits of at most chunk_size positions exist at a time.
+
+    model: a Pangu, or another Cell with its config, its hidden states when called, and its logits.
+    """
 
     def __init__(self, model, *, top_k, row_len, num_rows, chunk_size, mode="graph"):
         config = model.config
-        if top_k > config.vocab_size:
-            raise ValueError(f"kd.top_k={top_k} exceeds the teacher's vocabulary of {config.vocab_size}.")
+        check_top_k(top_k, config)
         self.vocab_size, self.pad_id, self.top_k = config.vocab_size, config.pad_id, top_k
         self.row_len, self.num_rows, self.chunk_size = row_len, num_rows, chunk_size
 
@@ -56,6 +58,12 @@ class Annotator:
                 for result, array in zip((ids, logprobs, label_logprobs), scored, strict=True):
                     result[part] = array.asnumpy()[:len(part)]
         return ids, logprobs, label_logprobs
+
+
+def check_top_k(top_k, config):
+    """Raises ValueError if a teacher of this ModelConfig has no top_k tokens."""
+    if top_k > config.vocab_size:
+        raise ValueError(f"kd.top_k={top_k} exceeds the teacher's vocabulary of {config.vocab_size}.")
 
 
 def annotate(annotator, samples_of, shards, reporter=None):

@@ -48,7 +48,7 @@ _FIELDS = {  # key of config.json: field of ModelConfig, what it has to be
 _BINDING = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_embedding")
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """Where a tensor lies."""
 
     file: Path
@@ -66,7 +66,7 @@ def read_config(folder):
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist: expected a folder with config.json and {_SINGLE_FILE}.")
-    keys = _read_json(file)
+    keys = read_json(file)
     problems = []
 
     def expect(key, condition, expected):
@@ -146,52 +146,72 @@ def hugging_face_names(config):
     return names
 
 
-def load_weights(model, folder):
-    """Assign the weights in a Hugging Face folder (float32, float16 or bfloat16; one file or shards) to a Pangu.
+def open_weights(config, folder):
+    """{Hugging Face name: Stored} of a folder's weights (float32, float16 or bfloat16; one file or shards): headers
+    only are read.
 
     A tied folder may hold lm_head.weight too, if it equals the embedding. Raises one ValueError that lists everything
-    that is missing, unknown, wrongly shaped or at odds with model.config; the model is then as it was.
+    that is missing, unknown, wrongly shaped or at odds with the ModelConfig.
     """
-    import mindspore as ms
-    from mindspore import Tensor, ops
-    from mindspore.common.np_dtype import bfloat16
-
-    config = model.config
     folder = Path(folder)
     problems = _config_differences(config, folder)
     stored, unreadable = _find_tensors(folder)
     problems += unreadable
-    names = hugging_face_names(config)
-    expected = {name: shape for parts in names.values() for name, shape in parts}
-    for name, shape in expected.items():
-        if name not in stored:
-            problems.append(f"{name} is missing: expected shape {list(shape)}.")
-    for name, tensor in sorted(stored.items()):
-        shape = expected.get(name)
-        if name == "lm_head.weight" and config.tie_embedding:
-            shape = expected["model.embed_tokens.weight"]
-        if shape is None:
-            if not _IGNORED.fullmatch(name):
-                problems.append(f"{name} with shape {list(tensor.shape)} is unknown: expected no such tensor.")
-        elif tensor.shape != shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}: expected {list(shape)}.")
-        elif tensor.dtype not in _STORED_AS:
-            problems.append(f"{name} has dtype {tensor.dtype}: expected one of {list(_STORED_AS)}.")
+    expected = {name: shape for parts in hugging_face_names(config).values() for name, shape in parts}
+    if config.tie_embedding and "lm_head.weight" in stored:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    problems += tensor_differences({name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)},
+                                   expected)
     if not problems and config.tie_embedding and "lm_head.weight" in stored and not _are_equal(
             stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
         problems.append("lm_head.weight differs from model.embed_tokens.weight: expected the same values, or "
                         '"tie_word_embeddings": false in config.json and model.tie_embedding=false.')
     if problems:
         raise ValueError("\n  ".join([f"{folder} does not hold the weights of this model:", *problems]))
+    return stored
 
+
+def tensor_differences(stored, expected):
+    """What is missing, unknown, wrongly shaped or of a type that is not read: a line each.
+
+    stored: {name: Stored}; expected: {name: shape}.
+    """
+    problems = [f"{name} is missing: expected shape {list(shape)}." for name, shape in expected.items()
+                if name not in stored]
+    for name, tensor in sorted(stored.items()):
+        if name not in expected:
+            problems.append(f"{name} with shape {list(tensor.shape)} is unknown: expected no such tensor.")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{name} has shape {list(tensor.shape)}: expected {list(expected[name])}.")
+        elif tensor.dtype not in _STORED_AS:
+            problems.append(f"{name} has dtype {tensor.dtype}: expected one of {list(_STORED_AS)}.")
+    return problems
+
+
+def read_parts(stored, parts, dtype):
+    """The tensors of `parts`, [(name, shape)], one below the other, as float32 or MindSpore's NumPy bfloat16."""
+    array = np.empty((sum(shape[0] for _, shape in parts), *parts[0][1][1:]), dtype)
+    read, row = _read_tensor if dtype == np.float32 else _read_rounded, 0
+    for name, shape in parts:
+        read(stored[name], array[row:row + shape[0]])
+        row += shape[0]
+    return array
+
+
+def load_weights(model, folder):
+    """Assign the weights in a Hugging Face folder to a Pangu.
+
+    Raises ValueError as open_weights does; the model is then as it was.
+    """
+    import mindspore as ms
+    from mindspore import Tensor, ops
+    from mindspore.common.np_dtype import bfloat16
+
+    stored = open_weights(model.config, folder)
+    names = hugging_face_names(model.config)
     for path, parameter in model.parameters_and_names():
         is_float32 = parameter.dtype == ms.float32
-        array = np.empty(parameter.shape, np.float32 if is_float32 else bfloat16)
-        row = 0
-        for name, shape in names[path]:
-            read = _read_tensor if is_float32 else _read_rounded
-            read(stored[name], array[row:row + shape[0]])
-            row += shape[0]
+        array = read_parts(stored, names[path], np.float32 if is_float32 else bfloat16)
         if is_float32:
             # In place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
             ops.assign(parameter, Tensor.from_numpy(array))
@@ -225,29 +245,54 @@ def save_weights(model, folder, dtype="float32", max_shard_gib=4.0):
     present = sorted(file.name for file in folder.glob("model*.safetensors*"))
     if present:
         raise ValueError(f"{folder} holds weights already ({', '.join(present)}): choose another folder or empty it.")
-    item_size = 4 if dtype == "float32" else 2
-    shards, shard_bytes = [[]], 0
-    for path, parts in hugging_face_names(model.config).items():
-        row = 0
-        for name, shape in parts:
-            num_bytes = math.prod(shape) * item_size
-            if shards[-1] and shard_bytes + num_bytes > max_shard_gib * 2**30:
-                shards.append([])
-                shard_bytes = 0
-            shards[-1].append((name, path, row, shape))
-            shard_bytes += num_bytes
-            row += shape[0]
     parameters = dict(model.parameters_and_names())
+    named = hugging_face_names(model.config)
+    stored_as = "F32" if dtype == "float32" else "BF16"
+
+    def arrays():
+        for path, parts in named.items():
+            row = 0
+            for _, shape in parts:
+                yield np.asarray(parameters[path].asnumpy()[row:row + shape[0]], "<f4")
+                row += shape[0]
+
+    write_shards(folder, [(name, shape, stored_as) for parts in named.values() for name, shape in parts], arrays(),
+                 max_shard_gib)
+    write_json(folder / "config.json", config_json(model.config, dtype))
+
+
+def write_shards(folder, tensors, arrays, max_shard_gib=4.0):
+    """Write one model.safetensors, or shards of at most max_shard_gib and their index, each file fsynced.
+
+    tensors: [(name, shape, type as safetensors names it)]; arrays: one for each, in their order, float32 or the bits
+    of that type. One array is in memory at a time.
+    """
+    shards = plan_shards(tensors, max_shard_gib)
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = _SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {name: file_name for name, _, _, _ in shard}
-        arrays = (parameters[path].asnumpy()[row:row + shape[0]] for _, path, row, shape in shard)
-        _write_safetensors(folder / file_name, [(name, shape) for name, _, _, shape in shard], arrays, dtype)
+        weight_map |= {name: file_name for name, _, _ in shard}
+        write_safetensors(folder / file_name, shard, arrays)
     if len(shards) > 1:
-        total_size = sum(math.prod(shape) * item_size for shard in shards for _, _, _, shape in shard)
-        _write_json(folder / _INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    _write_json(folder / "config.json", config_json(model.config, dtype))
+        total_size = sum(num_bytes(tensor) for tensor in tensors)
+        write_json(folder / _INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def plan_shards(tensors, max_shard_gib):
+    """[tensors of a file, ...], in their order; a tensor above max_shard_gib has a file of its own."""
+    shards, shard_bytes = [[]], 0
+    for tensor in tensors:
+        if shards[-1] and shard_bytes + num_bytes(tensor) > max_shard_gib * 2**30:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(tensor)
+        shard_bytes += num_bytes(tensor)
+    return shards
+
+
+def num_bytes(tensor):
+    """Of a (name, shape, type)."""
+    return math.prod(tensor[1]) * np.dtype(_STORED_AS[tensor[2]]).itemsize
 
 
 def _config_differences(config, folder):
@@ -260,14 +305,14 @@ def _config_differences(config, folder):
 
 
 def _find_tensors(folder):
-    """({name: _Stored} of all weight files, problems). Reads headers only."""
+    """({name: Stored} of all weight files, problems). Reads headers only."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected one with config.json and {_SINGLE_FILE}.")
     index_file, weight_map = folder / _INDEX_FILE, {}
     if (folder / _SINGLE_FILE).is_file():
         files = [folder / _SINGLE_FILE]
     elif index_file.is_file():
-        weight_map = _read_json(index_file).get("weight_map")
+        weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index_file} has no weight_map from tensors to files: download or copy it again.")
         files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
@@ -278,6 +323,11 @@ def _find_tensors(folder):
     else:
         raise ValueError(f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}: expected safetensors weights "
                          "(convert pytorch_model.bin with transformers' save_pretrained).")
+    return read_headers(files)
+
+
+def read_headers(files):
+    """({name: Stored} of safetensors files, problems: a line for every tensor that is there twice)."""
     stored, problems = {}, []
     for file in files:
         for name, tensor in _read_header(file).items():
@@ -288,7 +338,7 @@ def _find_tensors(folder):
 
 
 def _read_header(file):
-    """{name: _Stored} of a safetensors file, whose header and length are checked."""
+    """{name: Stored} of a safetensors file, whose header and length are checked."""
     try:
         with safe_open(file, "numpy"):
             pass
@@ -298,11 +348,12 @@ def _read_header(file):
         header_size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_size))
     header.pop("__metadata__", None)
-    return {name: _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + header_size + entry["data_offsets"][0])
+    return {name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + header_size + entry["data_offsets"][0])
             for name, entry in header.items()}
 
 
-def _map(tensor):
+def stored_bits(tensor):
+    """A Stored as a memory-mapped array: float32, float16, or the bits of bfloat16 as uint16."""
     return np.memmap(tensor.file, _STORED_AS[tensor.dtype], "r", tensor.offset, tensor.shape)
 
 
@@ -310,15 +361,15 @@ def _read_tensor(tensor, out):
     """Decode a stored tensor into the float32 array `out` of the same shape."""
     if tensor.dtype == "BF16":
         bits = out.view(np.uint32)
-        bits[...] = _map(tensor)
+        bits[...] = stored_bits(tensor)
         bits <<= 16  # two passes: a shift that converts too takes several times as long
     else:
-        out[...] = _map(tensor)
+        out[...] = stored_bits(tensor)
 
 
 def _read_rounded(tensor, out):
     """Decode a stored tensor into the bfloat16 array `out` of the same shape."""
-    bits, stored = out.view(np.uint16), _map(tensor)
+    bits, stored = out.view(np.uint16), stored_bits(tensor)
     if tensor.dtype == "BF16":
         bits[...] = stored
         return
@@ -334,7 +385,7 @@ def _are_equal(a, b):
     for row in range(0, a.shape[0], rows_per_block):
         decoded = []
         for tensor in (a, b):
-            rows = _map(tensor)[row:row + rows_per_block]
+            rows = stored_bits(tensor)[row:row + rows_per_block]
             decoded.append((rows.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16"
                            else rows.astype(np.float32))
         if not np.array_equal(*decoded):
@@ -349,29 +400,32 @@ def _bfloat16_bits(x):
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
-def _write_safetensors(file, shapes, arrays, dtype):
-    """Write [(name, shape)] and the arrays of the same order, one at a time: a shard never has a copy in memory."""
-    stored_dtype, item_size = ("F32", 4) if dtype == "float32" else ("BF16", 2)
+def write_safetensors(file, tensors, arrays):
+    """Write [(name, shape, type)] and as many of `arrays`, one at a time: a file never has a copy in memory.
+
+    Float32 values for a bfloat16 tensor are rounded to nearest, ties to even; other arrays have the type's bits.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without the format
-    for name, shape in shapes:
-        end = offset + math.prod(shape) * item_size
-        header[name] = {"dtype": stored_dtype, "shape": list(shape), "data_offsets": [offset, end]}
+    for name, shape, stored_as in tensors:
+        end = offset + num_bytes((name, shape, stored_as))
+        header[name] = {"dtype": stored_as, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
     with open(file, "xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays:
-            flat = np.ascontiguousarray(array, "<f4").reshape(-1)
-            if dtype == "float32":
-                stream.write(flat.data)
-            else:
+        for (_, _, stored_as), array in zip(tensors, arrays, strict=False):
+            flat = np.ascontiguousarray(array).reshape(-1)
+            if stored_as == "BF16" and flat.dtype == np.float32:
                 stream.writelines(_bfloat16_bits(flat[start:start + _BLOCK]) for start in range(0, flat.size, _BLOCK))
+            else:
+                assert flat.dtype == _STORED_AS[stored_as]
+                stream.write(flat.data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _read_json(file):
+def read_json(file):
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -381,7 +435,7 @@ def _read_json(file):
     return value
 
 
-def _write_json(file, value):
+def write_json(file, value):
     with open(file, "w", encoding="utf-8") as stream:
         stream.write(json.dumps(value, indent=2) + "\n")
         stream.flush()
