@@ -681,7 +681,7 @@ def _make_annotator(plan):
     if kd.engine == "mindformers":
         from .distillation.mindformers import MindformersAnnotator
 
-        return MindformersAnnotator(plan.teacher.folder, **shapes)
+        return MindformersAnnotator(plan.teacher.folder, **shapes, precision=activation_dtype(recipe.run))
     from .distillation.annotate import Annotator
 
     return Annotator(_load(plan, plan.teacher.folder), **shapes)

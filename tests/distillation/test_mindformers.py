@@ -5,6 +5,7 @@ mindformers is imported by one process for all tests, this file run as a program
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 from mindpangu.config import ModelConfig
 from mindpangu.data.batches import tokenized_to_samples
+from mindpangu.data.shards import read_shard
+from mindpangu.distillation.cache import decode_topk
 
 # eps and the base of the rotary embedding are such that other values would be seen through the tolerance.
 SIZES = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 40, "vocab_size": 60,
@@ -106,6 +109,24 @@ def test_the_layouts_are_those_of_mindformers_own_converters(program):
 
 def test_a_sample_longer_than_a_row_is_refused(program):
     assert "1 of 2 samples are longer, the longest sample has 17 tokens" in json.loads(program[0])["long"]
+
+
+def test_a_recipe_annotates_by_mindformers_what_it_annotates_by_itself(smoke, tmp_path):
+    shutil.copytree(smoke[0] / "runs", tmp_path / "runs", symlinks=True)
+    done = subprocess.run([sys.executable, "-m", "mindpangu.annotate", "scale=smoke", "kd.engine=mindformers"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    known = {path.name for path in smoke[0].glob("runs/annotations-*")}
+    (ours,) = [path for path in tmp_path.glob("runs/annotations-*") if path.name not in known]
+    (builtin,) = [path for path in smoke[0].glob("runs/annotations-*") if len(list(path.glob("*.shard"))) == 3]
+    for file in sorted(builtin.glob("*.shard")):
+        one, other = read_shard(ours / file.name), read_shard(file)
+        assert (one["tokens"] == other["tokens"]).all()
+        one, other = (decode_topk({name[5:]: array for name, array in arrays.items() if name.startswith("topk.")})[1]
+                      for arrays in (one, other))
+        # The codec's step near the top is 1/64 nat.
+        np.testing.assert_allclose(one, other, rtol=0, atol=0.05)
+        assert np.abs(one - other).mean() < ATOL
 
 
 def test_nothing_of_mindformers_is_left_in_the_working_directory_or_the_terminal(program):
