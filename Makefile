@@ -1,5 +1,5 @@
 # make run        install into .venv and distil on-policy, from nothing: python -m mindpangu.train recipe=kd_student
-# make test       install with the test tools and run the tests (35 to 45 minutes on 2 cores)
+# make test       install with the test tools and run the tests, two files at a time
 # make test-long  the tests that take more than a minute each
 # make test-ascendc   the AscendC kernels' tests on the model of the chips, part of make test
 # make test-sanitize, test-portable   the kernels' tests on a library with ASan and UBSan, or in portable C++
@@ -16,7 +16,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m mindpangu.train recipe=kd_student
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long

@@ -43,5 +43,6 @@ setup(
         "requests",
         "math-verify[antlr4_9_3]==0.9.0",  # the antlr that hydra-core 1.3 needs
     ],
-    extras_require={"eval": EVAL, "dev": [*EVAL, "accelerate", "pytest", "hypothesis", "ruff", "torch==2.13.0"]},
+    extras_require={"eval": EVAL,
+                    "dev": [*EVAL, "accelerate", "pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"]},
 )

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -174,7 +175,15 @@ def as_ranks():
                 assert {other for other, _ in everyone} == {what}
                 return [value for _, value in everyone]
 
+        def work(rank):
+            try:
+                return function(Rank(rank, size))
+            except Exception:
+                time.sleep(3)  # whoever has met this one goes on; abort would break that meeting too
+                barrier.abort()
+                raise
+
         with ThreadPoolExecutor(size) as threads:
-            return list(threads.map(lambda rank: function(Rank(rank, size)), range(size)))
+            return list(threads.map(work, range(size)))
 
     return run

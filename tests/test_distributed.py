@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 TIMINGS = {"time", "tokens_per_s", "data_wait", "memory_gib", "rollout_time", "mfu", "num_tokens"}
 # Few, short steps: what is compared is arithmetic, and every launch costs several seconds a process.
 SFT = ["recipe=sft_direct", "scale=smoke", "model.num_kv_heads=2", "train.micro_batch_rows=1", "run.log_every=1"]
-WHOLE = ["recipe=grpo", "scale=smoke", "model.num_kv_heads=2", "run.log_every=1"]
+GRPO = ["recipe=grpo", "scale=smoke", "run.log_every=1"]
 
 
 def free_port():
@@ -91,21 +91,23 @@ def assert_same_text(ours, theirs, pattern):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the runs of one process: SFT, and the whole recipe with GRPO at its end."""
+def folder(smoke, tmp_path_factory):
+    """A folder with the runs of one process: SFT; the whole recipe, and GRPO after it."""
     folder = tmp_path_factory.mktemp("jobs")
     alone(folder, *SFT, "run.dir=alone", "train.steps=6")
-    alone(folder, *WHOLE, "run.root=alone_all", "run.dir=alone_grpo")
+    shutil.copytree(smoke[0] / "runs", folder / "alone_all", symlinks=True)
+    alone(folder, *GRPO, "run.root=alone_all", "run.dir=alone_grpo")
     return folder
 
 
-def test_two_processes_train_the_whole_recipe_as_one_does(folder):
-    said = msrun(folder, 2, *WHOLE, "run.root=two_all", "run.dir=two_grpo")
+def test_two_processes_distil_and_reinforce_as_one_does(folder):
+    shutil.copytree(folder / "alone_all", folder / "two_all", symlinks=True,
+                    ignore=shutil.ignore_patterns("kd_student-*", "answers-*", "annotations-*"))
+    said = msrun(folder, 2, *GRPO, "run.root=two_all", "run.dir=two_grpo")
     assert "rank 0 of 2" in said and said.count("kd_student: done") == 1
-    for path in sorted((folder / "alone_all").glob("*/metrics.jsonl")):
-        assert_same(rows(folder / "two_all" / path.parent.name), rows(path.parent))
+    (student,) = (path.name for path in (folder / "alone_all").glob("kd_student-*"))
+    assert_same(rows(folder / "two_all" / student), rows(folder / "alone_all" / student))
     assert_same(rows(folder / "two_grpo"), rows(folder / "alone_grpo"))
-    assert len(list((folder / "alone_all").glob("*/metrics.jsonl"))) == 4  # three kinds of SFT, and distillation
     # Answers and their rewards are the same too.
     assert_same_text(folder / "two_grpo" / "rollouts", folder / "alone_grpo" / "rollouts", "*/*.jsonl")
     assert_same_text(folder / "two_grpo" / "samples", folder / "alone_grpo" / "samples", "*.jsonl")
@@ -140,14 +142,16 @@ def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_othe
 
 
 @pytest.mark.long
-def test_four_processes_that_share_rows_and_vocabulary_distil_and_reinforce_as_one_does(folder):
-    shared = ["run.root=alone_all", "run.sequence_parallel=2", "run.vocab_parallel=true"]  # on the same answers
-    msrun(folder, 4, *WHOLE, "recipe=kd_student", *shared, "run.dir=four_kd")
-    (student,) = (folder / "alone_all").glob("kd_student-*")
+def test_four_processes_that_share_rows_and_vocabulary_distil_and_reinforce_as_one_does(tmp_path):
+    whole = [*GRPO, "model.num_kv_heads=2", "run.root=runs"]
+    alone(tmp_path, *whole, "run.dir=alone_grpo")
+    (student,) = (tmp_path / "runs").glob("kd_student-*")
+    shared = ["run.sequence_parallel=2", "run.vocab_parallel=true"]
+    msrun(tmp_path, 4, *whole, "recipe=kd_student", *shared, "run.dir=four_kd")
     # The divided loss is composed of MindSpore's own operations, whose exp is right to 5e-6.
-    assert_same(rows(folder / "four_kd"), rows(student), 5e-6)
-    msrun(folder, 4, *WHOLE, *shared, "run.dir=four_grpo")
-    assert_same(rows(folder / "four_grpo"), rows(folder / "alone_grpo"))
+    assert_same(rows(tmp_path / "four_kd"), rows(student), 5e-6)
+    msrun(tmp_path, 4, *whole, *shared, "run.dir=four_grpo")
+    assert_same(rows(tmp_path / "four_grpo"), rows(tmp_path / "alone_grpo"))
 
 
 def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_resumes(folder):

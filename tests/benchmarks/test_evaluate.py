@@ -13,18 +13,19 @@ from mindpangu.benchmarks import files
 from mindpangu.config import load_recipe
 from mindpangu.evaluate import evaluate, long_form
 
-OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", "eval.limit=40", "eval.max_new_tokens=256",
+LIMIT = 16
+OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", f"eval.limit={LIMIT}", "eval.max_new_tokens=128",
              "eval.num_slots=2", "data.tokenizer=null"]
-NUM_REQUESTS = 40 + 4
+NUM_REQUESTS = LIMIT + 4
 
 
 @pytest.fixture(scope="module")
 def folder(benchmarks_dir, write_jsonl, tmp_path_factory):
-    """Where GSM8K is not at hand, 40 problems of our own in its form."""
+    """Where GSM8K is not at hand, problems of our own in its form."""
     if (benchmarks_dir / "gsm8k").is_dir():
         return benchmarks_dir
     problems = [{"question": f"Tom has {i} apples and buys 3 more. How many?", "answer": f"#### {i + 3}"}
-                for i in range(40)]
+                for i in range(LIMIT)]
     for split in ("train", "test"):
         write_jsonl(benchmarks_dir / f"gsm8k/{split}.jsonl", problems)
     return benchmarks_dir
@@ -48,12 +49,12 @@ def test_an_evaluation_leaves_results_samples_and_a_table(finished, folder, tiny
     _, run, printed = finished
     results = json.loads((run / "results.json").read_text())
     gsm8k, cluewsc = results["benchmarks"]["gsm8k"], results["benchmarks"]["cluewsc"]
-    assert (gsm8k["N"], cluewsc["N"]) == (40, 4) and sum(gsm8k["reasons"].values()) == 40
-    assert gsm8k["k"] == gsm8k["reasons"].get("correct", 0) and gsm8k["score"] == 100 * gsm8k["k"] / 40
+    assert (gsm8k["N"], cluewsc["N"]) == (LIMIT, 4) and sum(gsm8k["reasons"].values()) == LIMIT
+    assert gsm8k["k"] == gsm8k["reasons"].get("correct", 0) and gsm8k["score"] == 100 * gsm8k["k"] / LIMIT
     assert results["model"]["folder"] == str(tiny_models["trained"])
     assert results["measured"]["generate_until"]["requests"] == NUM_REQUESTS
     samples = [json.loads(line) for line in (run / "samples" / "gsm8k.jsonl").read_text().splitlines()]
-    assert len(samples) == 40 and sum(sample["value"] for sample in samples) == gsm8k["k"]
+    assert len(samples) == LIMIT and sum(sample["value"] for sample in samples) == gsm8k["k"]
     first = files.SOURCES["gsm8k"].read(folder)["test"][0]["question"]
     assert first in samples[0]["prompt"] and samples[0]["prompt"].startswith("<s>[unused9]系统：[unused10]")
     for words in ("GSM8K", "82.76", "CLUEWSC", "tokens/s", "average of 2"):
@@ -68,7 +69,7 @@ def test_a_second_start_finds_it_complete(finished, folder, tiny_models, monkeyp
     before = (run / "results.json").stat().st_mtime_ns
     assert evaluate(load_recipe(overrides), overrides) == run.relative_to(home)
     assert "already complete" in capsys.readouterr().out and (run / "results.json").stat().st_mtime_ns == before
-    for other, words in (("eval.limit=39", r"eval\.limit: 40 \| 39"),
+    for other, words in (("eval.limit=15", r"eval\.limit: 16 \| 15"),
                          ("run.precision=bfloat16", r"run\.precision: 'float32' \| 'bfloat16'"),
                          ("rewards.code.timeout_s=1", r"rewards\.code\.timeout_s: 10\.0 \| 1\.0")):
         changed = [*overrides, other, f"run.dir={run}"]

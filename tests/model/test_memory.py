@@ -1,5 +1,6 @@
 """The memory model against the trainer's measured peaks on a CPU, and against sums written out by hand."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -30,17 +31,18 @@ def _peak(config, num_micro_batches=1):
     return int(done.stdout.split()[-1])
 
 
-@pytest.fixture(scope="module")
-def baseline():
-    """num_layers -> peak of a process that compiled and took the same steps with tensors of next to no size."""
-    return {num_layers: _peak(_config(num_layers, 16, 32, 64, 64)) for num_layers in (2, 4)}
+@functools.cache
+def _baseline(num_layers):
+    """Peak of a process that compiled and took the same steps with tensors of next to no size."""
+    return _peak(_config(num_layers, 16, 32, 64, 64))
 
 
 # Activations decide in the first, the vocabulary in the second, layers in the third; 310 to 610 MiB above the baseline.
-@pytest.mark.parametrize("sizes", [(2, 256, 1024, 4096, 4096), (2, 512, 2048, 16384, 2048), (4, 256, 1024, 4096, 2048)])
-def test_a_training_steps_peak_on_a_cpu_is_the_predicted_one_to_10_percent(baseline, sizes):
+@pytest.mark.parametrize("sizes", [(2, 256, 1024, 4096, 4096), (2, 512, 2048, 16384, 2048),
+                                   pytest.param((4, 256, 1024, 4096, 2048), marks=pytest.mark.long)])
+def test_a_training_steps_peak_on_a_cpu_is_the_predicted_one_to_10_percent(sizes):
     config = _config(*sizes)
-    measured = _peak(config) - baseline[config.num_layers]
+    measured = _peak(config) - _baseline(config.num_layers)
     assert training_memory(config, config.max_seq_len, device="CPU").total == pytest.approx(measured, rel=0.10)
 
 

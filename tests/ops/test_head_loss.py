@@ -152,7 +152,7 @@ def check(ours, values_and_scales, rtol=RTOL):
 
 
 @MODES
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+@pytest.mark.parametrize("chunk_size", [1, 4, 11])
 def test_cross_entropy_matches_double_precision_whatever_the_chunks(mode, chunk_size):
     hidden, weight, labels, weights, ids, logprobs = case()
     head = CrossEntropyHead(chunk_size)
@@ -179,7 +179,7 @@ def test_topk_kl_matches_double_precision_whatever_the_chunks(mode, chunk_size, 
 
 
 @MODES
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+@pytest.mark.parametrize("chunk_size", [1, 4, 11])
 def test_policy_loss_matches_double_precision_whatever_the_chunks(mode, chunk_size):
     hidden, weight, labels, weights, *_ = case(num_positions=50)
     targets = policy_case(hidden, weight, labels, weights)
@@ -234,7 +234,7 @@ def test_the_policy_gradient_is_the_slope_of_the_policy_loss(mode):
 
 
 @MODES
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+@pytest.mark.parametrize("chunk_size", [1, 4, 11])
 @pytest.mark.parametrize("num_live", [11, 6, 0])
 def test_label_logprobs_match_double_precision_and_are_zero_without_weight(mode, chunk_size, num_live):
     hidden, weight, labels, weights, *_ = case()

@@ -74,14 +74,16 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"log": state.log, "most_open": state.most_open})
 
     def do_POST(self):
+        global state
         text = self.rfile.read(int(self.headers["Content-Length"])).decode()
         body = json.loads(text)
         if self.path == "/control":
             with lock:
-                state.__init__(**body)
+                state = State(**body)
             self.answer({})
             return
         with lock:
+            counted = state  # where a request that hangs is counted, also after the next test's `set`
             state.log.append({"path": self.path, "body": body, "time": time.time(), "headers": dict(self.headers)})
             state.num_open += 1
             state.most_open = max(state.most_open, state.num_open)
@@ -100,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({"choices": [{"index": 0, "text": body["prompt"][::-1]}]})
         finally:
             with lock:
-                state.num_open -= 1
+                counted.num_open -= 1
 
     def answer(self, body, status=200, **headers):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
