@@ -193,12 +193,12 @@ class _ChunkedHead(nn.Cell):
         self.hidden_grad = ops.MatMul()
         self.weight_grad = ops.MatMul(transpose_a=True)
 
-    def own_rows(self, weight_VD):
-        """The rows of the projection that run_chunk takes."""
+    def own_rows(self, weight_VD, dtype):
+        """What run_chunk takes of the projection."""
         return weight_VD
 
     def all_rows(self, d_weight_VD):
-        """The gradient of all rows, given that of those."""
+        """The gradient of all of it, given that of own_rows."""
         return d_weight_VD
 
     def run_chunk(self, hidden_CD, weight_VD, targets):
@@ -211,7 +211,7 @@ class _ChunkedHead(nn.Cell):
     def construct(self, hidden_SD, weight_VD, targets):
         """targets: a tuple of tensors [S, ...]. Returns loss_sum, metric_sums_M and the gradients that bprop reads."""
         num_positions, hidden_size = hidden_SD.shape
-        weight_VD = self.own_rows(weight_VD)
+        weight_VD = self.own_rows(weight_VD, hidden_SD.dtype)
         chunk = self.chunk_size
         if num_positions <= chunk:
             return self.run_chunk(hidden_SD, weight_VD, targets)
@@ -254,7 +254,8 @@ class _ChunkedHead(nn.Cell):
 
 class _DividedHead(_ChunkedHead):
     """As _ChunkedHead where each of G ranks has other positions and its share of the vocabulary: the hidden states and
-    targets of a chunk are gathered, the gradients of the hidden states summed and handed back.
+    targets of a chunk are gathered, the gradients of the hidden states summed and handed back. The weight comes as it
+    is stored: each rank casts its rows.
 
     logits_loss(logits, offset, vocab_size, all_max, all_sum, own, *targets): see topk_kl_of_part; all positions of the
     ranks' chunks, of which own(x) are this rank's, whose losses and metrics it returns.
@@ -268,8 +269,8 @@ class _DividedHead(_ChunkedHead):
         self.all_max, self.all_sum = AllMax(group), AllReduce(group)
         self.all_gather, self.reduce_scatter = AllGather(group), ReduceScatter(group)
 
-    def own_rows(self, weight_VD):
-        return weight_VD[self.first:self.last]
+    def own_rows(self, weight_VD, dtype):
+        return ops.cast(weight_VD[self.first:self.last], dtype)
 
     def all_rows(self, d_weight_VD):
         parts = ()

@@ -27,7 +27,8 @@ def make_loss(model, kd, row_len, logits_chunk, gradients=True, vocab_group=None
     def loss_fn(tokens_T, positions_T, cu_seqlens_C, target_index_S, labels_S, weights_S, teacher_ids_SK,
                 teacher_logprobs_SK):
         hidden = ops.gather(model(tokens_T, positions_T, cu_seqlens_C, row_len), target_index_S, 0)
-        loss, metrics = head(hidden, model.head_weight(), labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK)
+        weight = model.head_weight() if vocab_group is None else model.stored_head_weight()
+        loss, metrics = head(hidden, weight, labels_S, weights_S, teacher_ids_SK, teacher_logprobs_SK)
         return loss, metrics
 
     return loss_fn
