@@ -1,6 +1,8 @@
 """Shared fixtures: MindSpore on CPU, random models, transformers as the oracle, a run of the whole recipe."""
 
 import contextlib
+import fcntl
+import os
 import re
 import runpy
 import subprocess
@@ -14,6 +16,9 @@ import numpy as np
 import pytest
 
 from mindpangu.config import ModelConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the oracles': workers share the cores, and waiting threads spin
 
 
 def pytest_addoption(parser):
@@ -101,24 +106,40 @@ def random_llama():
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """A folder in which the default recipe ran at scale=smoke, and what it printed."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = subprocess.run([sys.executable, "-m", "mindpangu.train", "scale=smoke"], cwd=folder, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout + done.stderr
+def trained_once(tmp_path_factory):
+    """trained_once(name, *overrides) -> (folder in which that was trained, what it printed): by the first of pytest's
+    workers that asks for it. Tests copy what they change."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def train(name, *overrides):
+        folder = base / f"trained-{name}"
+        with open(base / f"trained-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            output = folder / "output.txt"
+            if not output.exists():
+                folder.mkdir()
+                done = subprocess.run([sys.executable, "-m", "mindpangu.train", "scale=smoke", *overrides], cwd=folder,
+                                      capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
+                output.write_text(done.stdout + done.stderr)
+        return folder, output.read_text()
+
+    return train
 
 
 @pytest.fixture(scope="session")
-def memorised_run(tmp_path_factory):
+def smoke(trained_once):
+    """A folder in which the default recipe ran at scale=smoke, and what it printed."""
+    return trained_once("smoke")
+
+
+@pytest.fixture(scope="session")
+def memorised_run(trained_once):
     """Run folder of a small model that knows its 20 problems, thoughts included, by heart."""
-    folder = tmp_path_factory.mktemp("memorised")
-    done = subprocess.run([sys.executable, "-m", "mindpangu.train", "recipe=sft_reasoning", "scale=smoke",
-                           "init_from=null", "data.num_examples=20", "data.num_heldout=1", "train.steps=300",
-                           "train.rows_per_step=4", "train.micro_batch_rows=4", "run.save_every=1000", "run.dir=run"],
-                          cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder, _ = trained_once(
+        "memorised", "recipe=sft_reasoning", "init_from=null", "data.num_examples=20", "data.num_heldout=1",
+        "train.steps=300", "train.rows_per_step=4", "train.micro_batch_rows=4", "run.save_every=1000", "run.dir=run")
     return folder / "run"
 
 

@@ -14,7 +14,7 @@ from mindpangu.config import load_recipe
 from mindpangu.evaluate import evaluate, long_form
 
 LIMIT = 16
-OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", f"eval.limit={LIMIT}", "eval.max_new_tokens=128",
+OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", f"eval.limit={LIMIT}", "eval.max_new_tokens=64",
              "eval.num_slots=2", "data.tokenizer=null"]
 NUM_REQUESTS = LIMIT + 4
 

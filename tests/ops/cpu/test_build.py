@@ -38,6 +38,7 @@ def test_two_processes_at_once_build_it_once_and_a_third_finds_it(cache):
     assert output.strip() in outputs[0] and output.strip() in outputs[1]
 
 
+@pytest.mark.long
 def test_the_portable_code_computes_the_same(pytestconfig, cache):
     if pytestconfig.getoption("--cpu-level") == "portable":
         pytest.skip("this run is the portable one")
