@@ -14,6 +14,8 @@ The same arrays give the same bytes: no timestamps, one fixed compression level,
 aside, fsynced and renamed, so that a name stands for a whole file after SIGKILL or a power cut.
 """
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -242,13 +244,23 @@ def _read_manifest(path, wanted):
 
 def write_aside(path, content):
     """Write bytes to a file in one step: the old content or the new one, never a part. OSError names the path."""
+    with open_aside(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_aside(path):
+    """A binary file to write that takes the path's place, on disk, when the block ends without an error.
+
+    Until then, and after an error, what stood at the path stands there. An OSError of a write names the path.
+    """
     path = Path(path)
     aside = path.with_name(path.name + _ASIDE)
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
+        with io.BufferedWriter(_Aside(aside, path)) as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
+            file.raw.sync()
         os.replace(aside, path)
         # The rename itself is on disk only once the folder is.
         folder = os.open(path.parent, os.O_RDONLY)
@@ -256,6 +268,30 @@ def write_aside(path, content):
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException:
         aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{os.strerror(error.errno)} ({len(content)} bytes)", str(path)) from error
+        raise
+
+
+class _Aside(io.FileIO):
+    """A file whose errors name the path that it is written for; those of a file give no name."""
+
+    def __init__(self, aside, path):
+        super().__init__(aside, "w")
+        self._path = path
+
+    def write(self, data):
+        with self._named():
+            return super().write(data)
+
+    def sync(self):
+        with self._named():
+            os.fsync(self.fileno())
+
+    @contextlib.contextmanager
+    def _named(self):
+        try:
+            yield
+        except OSError as error:
+            what = f"{os.strerror(error.errno)} (after {self.tell()} bytes)"
+            raise OSError(error.errno, what, str(self._path)) from error
