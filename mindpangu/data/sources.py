@@ -44,7 +44,7 @@ class Source(NamedTuple):
     """paths: files, folders and globs. fields: the keys of a record whose values make its text, see `record_text`."""
 
     name: str
-    paths: tuple[str, ...]
+    paths: str | tuple[str, ...]
     language: str | None = None  # of all its documents; None: of each one, see `detect_language`
     category: str | None = None
     licence: str | None = None
@@ -95,14 +95,14 @@ def list_files(source):
     than FILES are left out; one named as it is must be of one of them. Raises ValueError if a path gives no file.
     """
     files = {}
-    for path in source.paths:
+    for path in [source.paths] if isinstance(source.paths, (str, Path)) else source.paths:
         if Path(path).is_file():
             found = [Path(path)]
             if not found[0].name.endswith(FILES):
                 raise ValueError(f"source {source.name!r}: {path}: unknown kind of file: expected one of "
                                  f"{', '.join(FILES)}.")
         else:
-            found = Path(path).rglob("*") if Path(path).is_dir() else map(Path, glob.glob(path, recursive=True))
+            found = Path(path).rglob("*") if Path(path).is_dir() else map(Path, glob.glob(str(path), recursive=True))
             found = sorted(file for file in found if file.name.endswith(FILES) and file.is_file()
                            and not any(part.startswith(".") for part in file.parts[len(Path(path).parts):]))
             if not found:

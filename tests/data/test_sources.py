@@ -155,6 +155,8 @@ def test_folders_and_globs_give_each_known_file_once_in_order(tmp_path):
     assert texts(f"{tmp_path}/b/z.jsonl", f"{tmp_path}/b") == ["b/z.jsonl", "b/deep/a.jsonl.gz"]
     write(tmp_path / "odd[1].jsonl", {"text": "odd"})
     assert texts(f"{tmp_path}/odd[1].jsonl") == ["odd"], "a file's own name is no glob"
+    for alone in (str(tmp_path / "a.jsonl"), tmp_path / "a.jsonl", f"{tmp_path}/a.json*"):
+        assert [document.text for document in read_sources([Source("s", alone)])] == ["a.jsonl"]
 
 
 def test_paths_without_files_and_repeated_names_are_refused_before_anything_is_read(tmp_path):
