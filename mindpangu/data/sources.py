@@ -6,6 +6,7 @@ the plain text that duplicates, compression ratios and contamination are judged 
 
 import functools
 import glob
+import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ _SCRIPTS = (
     ("thai", "th", ((0xE00, 0xE7F),)),
     ("other", "und", ()),  # every other letter
 )
+_ASCII_LETTER = re.compile("[A-Za-z]")
 _END_OF_LETTERS = 0x323B0  # code points above are no letters
 _NO_LANGUAGE = "und"  # ISO 639: undetermined
 # A Chinese text on mathematics or programs has more Latin letters than Chinese characters.
@@ -156,6 +158,8 @@ def script_shares(text):
 
     Scripts: latin, han, kana, hangul, cyrillic, arabic, devanagari, greek, hebrew, thai, other.
     """
+    if text.isascii():  # whose letters are all Latin
+        return {"latin": 1.0} if _ASCII_LETTER.search(text) else {}
     codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     counts = np.bincount(_script_numbers()[codes_C], minlength=len(_SCRIPTS) + 1)[1:].tolist()
     total = sum(counts)
