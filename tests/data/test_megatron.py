@@ -163,3 +163,18 @@ def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(tmp_path):
         assert documents_of(tmp_path / "a") == [[4, 2]] and len(list(tmp_path.iterdir())) == 2
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_writer_that_ends_between_the_two_files_leaves_no_index_of_other_tokens(tmp_path, monkeypatch):
+    write_megatron(tmp_path / "a", [[4, 2]])
+    replace = os.replace
+
+    def replace_tokens_only(source, target):
+        if Path(target).suffix == ".idx":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_tokens_only)
+    with pytest.raises(KeyboardInterrupt):
+        write_megatron(tmp_path / "a", [[2, 4]])  # as long: lengths alone would not tell
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
