@@ -50,6 +50,7 @@ class Layer(nn.Cell):
         self.post_attention_norm = _parameter(np.ones(hidden, np.float32))
         self.gate_up_proj = Linear(init(2 * config.intermediate_size, hidden))
         self.down_proj = Linear(init(hidden, config.intermediate_size))
+        self.split_heads = self.split_tokens = None  # see Pangu.split_sequences
 
     def project_qkv(self, h_TD, cos, sin):
         """Rotated q [T, N, H] and k [T, M, H], and v [T, M, H]."""
@@ -62,17 +63,18 @@ class Layer(nn.Cell):
         x = rms_norm(h, ops.cast(self.post_attention_norm, h.dtype), self.eps)
         return h + self.down_proj(swiglu(self.gate_up_proj(x)))
 
-    def construct(self, h_TD, cos, sin, cu_seqlens_C, row_len):
-        """Packed rows. Returns h_TD and this layer's k and v [T, M, H]."""
-        q, k, v = self.project_qkv(h_TD, cos, sin)
-        return self.finish(h_TD, attention(q, k, v, cu_seqlens_C, row_len)), k, v
+    def construct(self, h_TD, cos, sin, cu_seqlens_C, row_len, is_share=False):
+        """Packed rows. Returns h_TD and this layer's k and v [T, M, H].
 
-    def of_share(self, h_TD, cos, sin, cu_seqlens_C, row_len, split_heads, split_tokens):
-        """As construct, for a rank that has T tokens of several ranks' rows; attention sees all of them for its share
-        of the heads. Returns h_TD."""
+        is_share: this rank has T tokens of several ranks' rows; attention sees all of them for its share of the heads.
+        """
         q, k, v = self.project_qkv(h_TD, cos, sin)
-        attended = attention(split_heads(q), split_heads(k), split_heads(v), cu_seqlens_C, row_len)
-        return self.finish(h_TD, split_tokens(attended))
+        if is_share:
+            attended = self.split_tokens(attention(self.split_heads(q), self.split_heads(k), self.split_heads(v),
+                                                   cu_seqlens_C, row_len))
+        else:
+            attended = attention(q, k, v, cu_seqlens_C, row_len)
+        return self.finish(h_TD, attended), k, v
 
     def decode(self, h_BD, cos, sin, k_cache, v_cache, positions_B):
         """One new token per sequence; the caches are Parameters [B, M, S, H], written in place at positions_B."""
@@ -112,12 +114,14 @@ class Pangu(nn.Cell):
         if frozen_dtype is not None:
             for parameter in self.get_parameters():
                 parameter.requires_grad = False
-        self.exchanges = None
+        self.is_split = False
 
     def split_sequences(self, split_heads, split_tokens):
         """From now on construct gets this rank's share of the tokens (Ulysses, arXiv:2309.14509); cells of
         ops.collectives."""
-        self.exchanges = nn.CellList([split_heads, split_tokens])
+        self.is_split = True
+        for layer in self.layers:
+            layer.split_heads, layer.split_tokens = split_heads, split_tokens
 
     def head_weight(self):
         """The output projection [V, D], in the activations' dtype."""
@@ -139,22 +143,20 @@ class Pangu(nn.Cell):
         tokens_T, positions_T int32; cu_seqlens_C int64 and row_len as in ops.attention. After split_sequences T counts
         this rank's tokens, and cu_seqlens_C those of all ranks.
         """
-        if self.exchanges is None:
-            hidden, _, _ = self.prefill(tokens_T, positions_T, cu_seqlens_C, row_len)
-            return hidden
-        cos, sin = rope_tables(positions_T, self.inverse_frequencies, self.dtype)
-        h = self.embed(tokens_T)
-        for layer in self.layers:
-            h = layer.of_share(h, cos, sin, cu_seqlens_C, row_len, self.exchanges[0], self.exchanges[1])
-        return self.final_norm(h)
+        hidden, _, _ = self.run_layers(tokens_T, positions_T, cu_seqlens_C, row_len, self.is_split)
+        return hidden
 
     def prefill(self, tokens_T, positions_T, cu_seqlens_C, row_len):
-        """As construct, and every layer's keys and values: hidden_TD, tuple of k_TMH, tuple of v_TMH."""
+        """As construct without split_sequences, and every layer's keys and values: hidden_TD, tuple of k_TMH, tuple of
+        v_TMH."""
+        return self.run_layers(tokens_T, positions_T, cu_seqlens_C, row_len, False)
+
+    def run_layers(self, tokens_T, positions_T, cu_seqlens_C, row_len, is_share):
         cos, sin = rope_tables(positions_T, self.inverse_frequencies, self.dtype)
         h = self.embed(tokens_T)
         keys, values = (), ()
         for layer in self.layers:
-            h, k, v = layer(h, cos, sin, cu_seqlens_C, row_len)
+            h, k, v = layer(h, cos, sin, cu_seqlens_C, row_len, is_share)
             keys = keys + (k,)
             values = values + (v,)
         return self.final_norm(h), keys, values
