@@ -22,8 +22,17 @@ import time
 _LENGTH = struct.Struct("!I")
 _PORT_OFFSET = 1  # of the hub, from the port of MindSpore's scheduler
 _JOIN_TIMEOUT_S = 120.0
+_GREETING_TIMEOUT_S = 5.0  # what connects and then says nothing must not keep ranks out
 _GREETING = {"hub": "mindpangu"}
-_SCHEDULER = "import os; os.environ.setdefault('GLOG_v', '3'); import mindspore.communication as c; c.init()"
+_CHECK_S = 1.0  # between looks at MindSpore's scheduler
+# It ends with its parent (prctl's PR_SET_PDEATHSIG): an orphan would keep the port from the next start.
+_SCHEDULER = """
+import ctypes, os, signal
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+os.environ.setdefault("GLOG_v", "3")
+import mindspore.communication
+mindspore.communication.init()
+"""
 
 
 class World:
@@ -138,8 +147,8 @@ def run_scheduler():
     scheduler = subprocess.Popen([sys.executable, "-c", _SCHEDULER])
     try:
         with server:
-            Hub(server, size).run()
-        return scheduler.wait()
+            Hub(server, size, scheduler=scheduler).run()
+        return 0  # the ranks' processes have ended, and none needs MindSpore's scheduler, which may wait for them still
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -153,24 +162,33 @@ class JobFailed(RuntimeError):
 
 
 class Hub:
-    """The server: waits for all ranks, passes values on, and stops everyone when one is lost."""
+    """The server: waits for all ranks, passes values on, and stops everyone when one is lost.
 
-    def __init__(self, server, size, join_timeout_s=_JOIN_TIMEOUT_S):
-        self._server, self._size, self._join_timeout_s = server, size, join_timeout_s
+    scheduler: the process of MindSpore's scheduler, without which the ranks can't go on.
+    """
+
+    def __init__(self, server, size, join_timeout_s=_JOIN_TIMEOUT_S, scheduler=None):
+        self._server, self._size, self._join_timeout_s, self._scheduler = server, size, join_timeout_s, scheduler
         self._ranks = {}  # rank -> its connection
         self._names = {}  # rank -> "rank 3 (host, process 1234)"
         self._waiting = {}  # rank -> (what, value) of the gather under way
         self._left = set()
 
     def run(self):
-        """Returns when all ranks have left. Raises JobFailed, which all ranks that are there have been told."""
+        """Returns when all ranks have left and their processes have ended. Raises JobFailed, which all ranks that are
+        there have been told."""
         try:
             self._accept()
             with selectors.DefaultSelector() as selector:
                 for rank, connection in self._ranks.items():
                     selector.register(connection, selectors.EVENT_READ, rank)
-                while len(self._left) < self._size:
-                    for key, _ in selector.select():
+                while selector.get_map():
+                    # Asked before: ranks that end as they should say so before MindSpore's scheduler can end.
+                    ended = self._scheduler and self._scheduler.poll() is not None
+                    heard = selector.select(_CHECK_S)
+                    if ended and not heard and len(self._left) < self._size:
+                        raise self._without_scheduler()
+                    for key, _ in heard:
                         if not self._hear(key.data, key.fileobj):
                             selector.unregister(key.fileobj)
         except JobFailed as error:
@@ -185,23 +203,28 @@ class Hub:
     def _accept(self):
         deadline = time.monotonic() + self._join_timeout_s
         while len(self._ranks) < self._size:
-            self._server.settimeout(max(0.01, deadline - time.monotonic()))
+            self._server.settimeout(max(0.01, min(_CHECK_S, deadline - time.monotonic())))
             try:
                 connection, _ = self._server.accept()
-                connection.settimeout(10)
-                _send(connection, _GREETING)
-                hello = _receive(connection)
-                rank = hello["rank"]
             except TimeoutError:
+                if self._scheduler and self._scheduler.poll() is not None:
+                    raise self._without_scheduler() from None
+                if time.monotonic() < deadline:
+                    continue
                 missing = sorted(set(range(self._size)) - set(self._ranks))
                 raise JobFailed(f"of {self._size} ranks {', '.join(map(str, missing))} did not come within "
                                 f"{self._join_timeout_s:g} s: see their log files, and that every machine's msrun was "
                                 "started") from None
+            connection.settimeout(_GREETING_TIMEOUT_S)
+            try:
+                _send(connection, _GREETING)
+                hello = _receive(connection)
+                rank, size, host, process = (hello[name] for name in ("rank", "size", "host", "pid"))
             except (OSError, EOFError, ValueError, KeyError, TypeError):
                 connection.close()  # a port scanner, or a rank that died at once and is missed later
                 continue
-            if rank in self._ranks or hello["size"] != self._size:
-                error = JobFailed(f"rank {rank} of {hello['size']} came from {hello['host']}, but this job has "
+            if rank in self._ranks or size != self._size:
+                error = JobFailed(f"rank {rank} of {size} came from {host}, but this job has "
                                   f"{self._size} ranks{', and that one already' * (rank in self._ranks)}: another job "
                                   "uses this --master_port, or --node_rank or --worker_num is wrong on a machine")
                 with connection, contextlib.suppress(OSError):
@@ -210,13 +233,15 @@ class Hub:
             connection.settimeout(None)
             _keep_alive(connection)
             self._ranks[rank] = connection
-            self._names[rank] = f"rank {rank} ({hello['host']}, process {hello['pid']})"
+            self._names[rank] = f"rank {rank} ({host}, process {process})"
 
     def _hear(self, rank, connection):
-        """One message of a rank; False if it was its last."""
+        """One message of a rank; False at its end."""
         try:
             message = _receive(connection)
         except (OSError, EOFError):
+            if rank in self._left:
+                return False
             raise self._lost(rank) from None
         if "fail" in message:
             raise JobFailed(f"{self._names[rank]} stopped: {message['fail']}")
@@ -227,8 +252,6 @@ class Hub:
         if self._left and self._waiting:
             raise JobFailed(f"{self._names[min(self._left)]} has finished, but {self._names[min(self._waiting)]} waits "
                             f"for it: {self._waiting[min(self._waiting)][0]}")
-        if "leave" in message:
-            return False
         if len(self._waiting) == self._size:
             different = {what for what, _ in self._waiting.values()}
             if len(different) > 1:
@@ -243,6 +266,10 @@ class Hub:
                     raise self._lost(r) from None
         return True
 
+    def _without_scheduler(self):
+        return JobFailed(f"MindSpore's scheduler ended with {self._scheduler.returncode}: scheduler.log says why; if "
+                         "--master_port is in use, choose another")
+
     def _lost(self, rank):
         return JobFailed(f"{self._names[rank]} is gone: it was killed, or its machine was lost; the same command "
                          "resumes from the last checkpoint")
@@ -250,7 +277,7 @@ class Hub:
 
 def _connect(address):
     """A connection to the hub, which greets; something else at its port doesn't."""
-    connection = socket.create_connection(address, timeout=5)
+    connection = socket.create_connection(address, timeout=_GREETING_TIMEOUT_S)
     try:
         if _receive(connection) != _GREETING:
             raise ValueError("something else listens there")

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from mindpangu.runtime import cluster
 from mindpangu.runtime.cluster import Hub, JobFailed, World, run_scheduler
 
 RANK = """
@@ -133,7 +134,8 @@ def test_a_rank_that_waits_for_one_that_has_finished_is_stopped(job):
     assert "has finished, but rank 0" in raised[0] and "more" in raised[0]
 
 
-def test_strangers_on_the_port_disturb_nobody(job):
+def test_strangers_on_the_port_disturb_nobody(job, monkeypatch):
+    monkeypatch.setattr(cluster, "_GREETING_TIMEOUT_S", 0.5)
     server = socket.create_server(("127.0.0.1", 0))
     hub = threading.Thread(target=lambda: Hub(server, 1, 20).run())
     hub.start()
@@ -141,12 +143,15 @@ def test_strangers_on_the_port_disturb_nobody(job):
     for content in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\0\0\0\x02[]"):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(content)
-    with socket.create_connection(("127.0.0.1", port)) as rank:
+    silent = socket.create_connection(("127.0.0.1", port))
+    silent.sendall(b"GET / HTTP/1.1\r\n\r\n")  # and waits for an answer
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as rank:
         assert b"hub" in rank.recv(100)
         for message in ({"rank": 0, "size": 1, "host": "h", "pid": 1}, {"leave": True}):
             text = json.dumps(message).encode()
             rank.sendall(len(text).to_bytes(4, "big") + text)
-        hub.join(20)
+    hub.join(20)
+    silent.close()
     server.close()
     assert not hub.is_alive()
 
@@ -158,6 +163,35 @@ def test_a_port_in_use_is_named(monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         assert run_scheduler() == 1
     assert f"port {port} of 127.0.0.1 can't be opened" in capsys.readouterr().err
+
+
+def test_an_end_of_mindspores_scheduler_ends_the_job():
+    """It ends where its port is in use, and ranks would wait for it for ten minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["false"]) as scheduler:
+        with pytest.raises(JobFailed, match="MindSpore's scheduler ended with 1: .*--master_port is in use"):
+            Hub(server, 1, 20, scheduler).run()
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "2"]) as scheduler:
+        rank = subprocess.Popen([sys.executable, "-c", RANK + "time.sleep(60)"], stderr=subprocess.PIPE, text=True,
+                                env=environment(server.getsockname()[1], 2))
+        with pytest.raises(JobFailed, match="MindSpore's scheduler ended with 0"):
+            Hub(server, 2, 20, scheduler).run()
+        assert "MindSpore's scheduler ended" in rank.communicate(timeout=20)[1] and rank.returncode == 1
+
+
+def test_ranks_that_need_no_collectives_end_the_job_when_they_end(tmp_path):
+    """A run that is complete already; MindSpore's scheduler would wait ten minutes for them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    program = "from mindpangu.runtime.cluster import run_scheduler\nraise SystemExit(run_scheduler())"
+    scheduler = subprocess.Popen([sys.executable, "-c", program], env=environment(port, 2, "MS_SCHED"), cwd=tmp_path)
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK + "world.leave()"], env=environment(port, 2, rank=rank),
+                              stdout=subprocess.DEVNULL) for rank in range(2)]
+    try:
+        assert [process.wait(60) for process in (*ranks, scheduler)] == [0, 0, 0]
+    finally:
+        for process in (*ranks, scheduler):
+            process.kill()
+            process.wait()
 
 
 def test_a_missing_node_rank_and_a_hub_that_is_not_there_are_told():
