@@ -126,7 +126,8 @@ def save_checkpoint(folder, step, save_model, optimizer_arrays, state, world, pa
             fsync_folder(parent)
         world.gather("finish a checkpoint")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if world.is_main:  # another's files would be missed by rank 0, whose message would hide the reason
+            shutil.rmtree(aside, ignore_errors=True)
         kept = newest_checkpoint(folder)
         raise OSError(error.errno, f"cannot save {final}: {error.strerror or error}. "
                                    f"The last good checkpoint is {kept or 'none'}; make room or choose another "

@@ -167,8 +167,9 @@ class Loop:
                                     {"best": self.best, "num_tokens": self.num_tokens, "num_updates": self.num_updates,
                                      "seconds": round(self.seconds(), 1), "state": state}, self.ranks.world, self.part)
         if self.ranks.is_main:
-            if self.best and self.best["step"] == self.step:
-                checkpoints.mark_best(self.folder, self.step)
+            # Not at its own step alone: a run that was killed in between would lose it to prune_checkpoints.
+            if self.best and self.best["step"] in checkpoints.list_checkpoints(self.folder):
+                checkpoints.mark_best(self.folder, self.best["step"])
             checkpoints.prune_checkpoints(self.folder, self.run.keep_checkpoints)
 
     def validate(self, evaluate):

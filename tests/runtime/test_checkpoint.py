@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -132,6 +133,27 @@ def test_every_rank_writes_its_own_chunks_and_the_first_the_rest(tmp_path, as_ra
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "model.bin", "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors", "state.json"]
     assert load_optimizer(checkpoint, {"m.a": 5})["m.a"].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_a_rank_that_cannot_write_does_not_take_the_folder_from_those_that_do(small_disk, as_ranks):
+    is_full, said = threading.Event(), {}
+
+    def save_model(path):
+        assert is_full.wait(20)
+        (path / "model.bin").write_bytes(b"x")
+
+    def save(world):
+        chunks = {"m.a": np.zeros(1_000_000 if world.rank else 1, np.float32)}
+        try:
+            save_checkpoint(small_disk, 1, save_model, chunks, {"best": None}, world, (world.rank, 2))
+        except (OSError, threading.BrokenBarrierError) as error:
+            said[world.rank] = str(error)
+            is_full.set()
+            raise
+
+    with pytest.raises((OSError, threading.BrokenBarrierError)):
+        as_ranks(2, save)
+    assert "No space left" in said[1] and "No such file" not in said[0]
 
 
 def test_what_every_rank_has_whole_is_written_once(tmp_path, as_ranks):

@@ -240,6 +240,17 @@ def test_best_and_newest_checkpoints_are_kept(mindspore_cpu, tmp_path):
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000002"
 
 
+def test_a_best_checkpoint_that_a_kill_left_unmarked_is_kept(mindspore_cpu, tmp_path):
+    loop = _loop(tmp_path, _model(), save_every=1, keep_checkpoints=1)
+    object.__setattr__(loop.train, "eval_every", 2)
+    loop.fit(_batches(), 2, lambda: ({"accuracy": 0.0}, loop.step))
+    (tmp_path / "checkpoints" / "best").unlink()  # killed after the checkpoint of step 2 and before its mark
+    _, loop, batches = _resumed(tmp_path, save_every=1, keep_checkpoints=1)
+    loop.fit(batches, 4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000002", "step-000004"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000002"
+
+
 def test_a_checkpoint_of_another_model_is_refused(mindspore_cpu, tmp_path):
     from mindpangu.runtime.checkpoint import load_optimizer, newest_checkpoint
 
