@@ -141,21 +141,33 @@ def _check(plan):
             raise ValueError(f"{name}={getattr(plan, name)}: expected one of {', '.join(choices)}.")
 
 
-def evaluate(plan, config, device):
-    """Result of a Plan for a ModelConfig on a Device."""
+class Division(NamedTuple):
+    """How the rows of a step are divided, as the trainer does it."""
+
+    rows: int  # of a step
+    data_ranks: int  # with rows of their own
+    share: int  # rows of the rank that has most
+    micro_rows: int  # of a micro-batch: the largest number up to micro_batch_rows that divides the share
+    micro_batches: int
+
+
+def _divide(plan):
     data_ranks = max(1, plan.devices // plan.sequence_parallel)
     rows = max(1, round(plan.batch_tokens / plan.seq_len))
-    share = math.ceil(rows / data_ranks)  # of the rank that has most
-    # The trainer's choice: the largest number of rows up to micro_batch_rows that divides the share.
+    share = math.ceil(rows / data_ranks)
     micro_rows = next(n for n in range(min(plan.micro_batch_rows, share), 0, -1) if share % n == 0)
-    plan = replace(plan, micro_batch_rows=micro_rows)
-    micro_batches = share // micro_rows
+    return Division(rows, data_ranks, share, micro_rows, share // micro_rows)
+
+
+def evaluate(plan, config, device):
+    """Result of a Plan for a ModelConfig on a Device."""
+    rows, data_ranks, share, micro_rows, micro_batches = _divide(plan)
     warnings = _warnings(plan, config, rows, data_ranks)
-    memory = _memory(plan, config, micro_batches)
+    memory = _memory(plan, config)
     budget = device.memory_gib * GIB * (1 - plan.reserve)
     if memory.total > budget:
         warnings.append(f"does not fit: {memory.total / GIB:.1f} GiB of {budget / GIB:.1f} (reserve={plan.reserve:g}). "
-                        + _what_fits(plan, config, micro_batches, budget))
+                        + _what_fits(plan, config, budget))
     document_len = plan.document_len or plan.seq_len
     flops = flops_per_token(config, document_len)
     if plan.recompute:  # the layers' forward pass once more
@@ -166,12 +178,13 @@ def evaluate(plan, config, device):
     moments = 2 if plan.moments_dtype == "bfloat16" else 4
     update = num_parameters(config) * (12 + 4 * moments) / (plan.devices if plan.shard != "none" else 1)
     return Result(memory, budget, rows, data_ranks, micro_batches, micro_rows, compute,
-                  _exchange_s(plan, config, device, micro_batches), update / (device.memory_gbs * 1e9), warnings)
+                  _exchange_s(plan, config, device), update / (device.memory_gbs * 1e9), warnings)
 
 
-def _memory(plan, config, micro_batches):
+def _memory(plan, config):
+    division = _divide(plan)
     return training_memory(
-        config, plan.micro_batch_rows * plan.seq_len, num_micro_batches=micro_batches, num_ranks=plan.devices,
+        config, division.micro_rows * plan.seq_len, num_micro_batches=division.micro_batches, num_ranks=plan.devices,
         shard=plan.shard, sequence_parallel=plan.sequence_parallel, recompute=plan.recompute,
         moment_bytes=2 if plan.moments_dtype == "bfloat16" else 4, logits_chunk=plan.logits_chunk)
 
@@ -208,7 +221,7 @@ def _sequence_parallels(config):
     return [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == config.num_heads % n == 0]
 
 
-def _what_fits(plan, config, micro_batches, budget):
+def _what_fits(plan, config, budget):
     """A sentence: the first changes, in the order of what they cost, with which it fits."""
     split = next((n for n in _sequence_parallels(config) if n > plan.sequence_parallel and plan.devices % n == 0),
                  plan.sequence_parallel)
@@ -217,7 +230,7 @@ def _what_fits(plan, config, micro_batches, budget):
                    {"sequence_parallel": split}, {"recompute": True}):
         together |= change
         for attempt in (change, together):
-            total = _memory(replace(plan, **attempt), config, micro_batches).total
+            total = _memory(replace(plan, **attempt), config).total
             if total <= budget:
                 said = " ".join(f"{name}={str(value).lower()}" for name, value in attempt.items()
                                 if getattr(plan, name) != value)
@@ -225,8 +238,10 @@ def _what_fits(plan, config, micro_batches, budget):
     return "No choice of shard, micro_batch_rows, sequence_parallel and recompute makes it fit."
 
 
-def _exchange_s(plan, config, device, micro_batches):
+def _exchange_s(plan, config, device):
     """Time on the links in a step, one after the other and at their peak; 0 where a link is not known."""
+    division = _divide(plan)
+
     def ring(num_bytes, num_ranks, rate):
         return num_bytes * (num_ranks - 1) / num_ranks / (rate * 1e9) if num_ranks > 1 and rate else 0.0
 
@@ -235,11 +250,11 @@ def _exchange_s(plan, config, device, micro_batches):
     # Sums are scattered inside a server, then a device's share over servers; sums or weights come back likewise.
     one_way = ring(4 * num_parameters(config), inside, device.server_gbs)
     one_way += ring(4 * num_parameters(config) / inside, servers, device.network_gbs)
-    num_ways = 1 + (micro_batches if plan.shard == "gradients" else 1)
+    num_ways = 1 + (division.micro_batches if plan.shard == "gradients" else 1)
     # q, k, v and what attention gives, in bfloat16: forward, backward, and once more if recomputed.
-    tokens = plan.micro_batch_rows * plan.seq_len / plan.sequence_parallel
+    tokens = division.micro_rows * plan.seq_len / plan.sequence_parallel
     values = tokens * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.num_layers
-    passes = (3 if plan.recompute else 2) * micro_batches
+    passes = (3 if plan.recompute else 2) * division.micro_batches
     return num_ways * one_way + passes * ring(2 * values, plan.sequence_parallel, device.server_gbs)
 
 

@@ -97,6 +97,10 @@ def test_a_plan_that_does_not_fit_names_the_change_that_makes_it_fit():
     said = _warnings(seq_len=32768, batch_tokens=64 * 32768)
     changes = dict(word.split("=") for word in re.search(r"It would with (.*):", said).group(1).split())
     assert changes
+    # With fewer rows in a micro-batch there are several, whose sums are 8 bytes a parameter more.
+    named = re.search(r"It would with micro_batch_rows=1: ([\d.]+) GiB", _warnings(micro_batch_rows=8))
+    taken = evaluate(_plan(), ONE_B, DEVICE)
+    assert taken.micro_batches == 8 and float(named.group(1)) == round(taken.memory.total / 2**30, 1)
     plan, _, _ = parse(["mfu=0.5", "devices=8", "seq_len=32768", f"batch_tokens={64 * 32768}", "shard=none",
                         *(f"{name}={value}" for name, value in changes.items())])
     assert "does not fit" not in " ".join(evaluate(plan, ONE_B, DEVICE).warnings)
