@@ -17,7 +17,15 @@ from pathlib import Path
 from mindpangu.config import as_dict
 from mindpangu.data.chat import jinja_template, template_digest
 from mindpangu.data.tokenizer import SPECIAL_PIECES
-from mindpangu.model.mindir import CIPHER, PREFILL, read_key, read_manifest, write_graphs, write_manifest
+from mindpangu.model.mindir import (
+    CIPHER,
+    PREFILL,
+    is_sealed_with,
+    read_key,
+    read_manifest,
+    write_graphs,
+    write_manifest,
+)
 from mindpangu.model.weights import load_model, read_config, save_weights
 from mindpangu.pipeline import Plan, entry_point, make_key, require_alone
 from mindpangu.runtime.checkpoint import find_model, fsync_folder
@@ -51,6 +59,9 @@ def export(recipe, overrides):
             if not (folder / "manifest.json").is_file() or read_manifest(folder)["key"] != plan.key:
                 raise ValueError(f"{folder} holds something else than this export: choose another run.dir, or leave "
                                  "run.dir out.")
+            if key and not is_sealed_with(folder, key):
+                raise ValueError(f"{folder} is this export, encrypted with another key: choose another run.dir, or "
+                                 "remove it.")
             say(f"{recipe.recipe}: already complete in {folder}")
             return folder
         started = time.monotonic()

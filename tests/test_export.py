@@ -305,13 +305,23 @@ def test_an_encrypted_export_shows_no_weights_and_no_key_and_answers_with_it(enc
 
 
 def test_a_wrong_or_missing_key_is_named(encrypted, exported, tmp_path):
-    assert "its key is not" not in refused("chat", "--mindir", encrypted, "Hi", cwd=tmp_path)
+    assert "this export is encrypted" in refused("chat", "--mindir", encrypted, "Hi", cwd=tmp_path)
     words = refused("chat", "--mindir", encrypted, "Hi", "--key-env", "EDGE_KEY", cwd=tmp_path, EDGE_KEY=OTHER_KEY)
     assert "the key is not the one it was exported with" in words and OTHER_KEY not in words
     with pytest.raises(ValueError, match="this export is encrypted.*--key-file FILE or --key-env VARIABLE"):
         GraphRunner(encrypted)
     with pytest.raises(ValueError, match="is not encrypted: leave the key out"):
         GraphRunner(exported[0], bytes.fromhex(KEY))
+
+
+def test_an_export_with_another_key_is_not_taken_for_one_that_is_there(encrypted, trained, monkeypatch):
+    overrides = [*OVERRIDES, f"init_from={trained}", f"run.dir={encrypted}", "export.key_env=EDGE_KEY",
+                 "export.hugging_face=null"]
+    monkeypatch.setenv("EDGE_KEY", KEY)
+    assert export(load_recipe(overrides), overrides) == encrypted
+    monkeypatch.setenv("EDGE_KEY", OTHER_KEY)
+    with pytest.raises(ValueError, match="is this export, encrypted with another key: choose another run.dir"):
+        export(load_recipe(overrides), overrides)
 
 
 @pytest.mark.parametrize(("option", "text", "words"), [

@@ -201,9 +201,16 @@ def load_graph(folder, name, key=None):
     try:
         return nn.GraphCell(ms.load(str(Path(folder) / name), **options))
     except RuntimeError as error:
-        reason = "the key is not the one it was exported with, or" if key else ""
-        raise ValueError(f"MindSpore cannot load {name} of {folder}: {reason} the file is of another version of "
+        reason = "the key is not the one it was exported with, or " if key else ""
+        raise ValueError(f"MindSpore cannot load {name} of {folder}: {reason}the file is of another version of "
                          f"MindSpore than {ms.__version__}. {str(error).strip().splitlines()[0]}") from error
+
+
+def is_sealed_with(folder, key):
+    """Whether a key is the one of an encrypted export."""
+    from mindspore._c_expression import _decrypt
+
+    return _decrypt(str(Path(folder) / DECODE), key, len(key), CIPHER) is not None
 
 
 def check_key(manifest, key):
