@@ -223,7 +223,7 @@ class RolloutConfig(_Section):
     max_prompt_len: int = MISSING  # tokens; a longer prompt is an error
     max_new_tokens: int = MISSING  # an answer that has not ended by then is truncated
     num_slots: int = 64  # sequences generated side by side; a finished one is replaced by the next prompt
-    prompts_per_shard: int = 1024  # what a killed run may lose
+    prompts_per_shard: int = 1024  # what a killed run may lose; a shard is answered by one rank
     drop: list[str] = field(default_factory=list)  # answers not to train on: truncated | repetitive | wrong | short
     min_tokens: int = 4  # below it an answer is short
     max_repeats: int = 4  # more immediate repeats of an up-to-16-token phrase make an answer repetitive

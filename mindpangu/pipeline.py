@@ -457,10 +457,17 @@ def _pack(plan, samples, seed):
     if train.rows_per_step % num_data:
         raise ValueError(f"train.rows_per_step={train.rows_per_step} can't be divided among {num_data} ranks with rows "
                          "of their own: change one of the two.")
+    seq_len = plan.recipe.data.seq_len
     # Which does not change a gradient.
-    micro_batch_rows = max(rows for rows in range(1, train.micro_batch_rows + 1)
-                           if train.rows_per_step // num_data % rows == 0)
-    batches = PackedBatches(samples, seq_len=plan.recipe.data.seq_len, rows_per_step=train.rows_per_step,
+    micro_batch_rows = max((rows for rows in range(1, train.micro_batch_rows + 1)
+                            if train.rows_per_step // num_data % rows == rows * seq_len % ranks.num_sequence == 0),
+                           default=0)
+    if not micro_batch_rows:
+        raise ValueError(f"run.sequence_parallel={ranks.num_sequence} with data.seq_len={seq_len} and "
+                         f"train.rows_per_step={train.rows_per_step} among {num_data} ranks with rows of their own: no "
+                         f"micro-batch of up to train.micro_batch_rows={train.micro_batch_rows} rows has a number of "
+                         "tokens that can be shared; change data.seq_len or train.rows_per_step.")
+    batches = PackedBatches(samples, seq_len=seq_len, rows_per_step=train.rows_per_step,
                             micro_batch_rows=micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed,
                             share=(ranks.data_rank, num_data))
     dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
@@ -585,7 +592,7 @@ def _loop(plan, model, loss_fn, metric_names, num_steps):
                 num_steps=num_steps, folder=plan.folder, save_model=lambda folder: _save_model(plan, model, folder),
                 ranks=plan.ranks,
                 flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
-                peak_flops=recipe.run.peak_tflops * 1e12 or None)
+                peak_flops=recipe.run.peak_tflops * 1e12 * plan.ranks.size or None)
     return loop, loop.resume(lambda checkpoint: load_weights(model, checkpoint))
 
 
@@ -717,6 +724,7 @@ def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
             return shards
         started = time.monotonic()
         say(f"rollout: the {by} answers {len(examples)} {split} prompts, {samples_per_prompt} each, in {folder}")
+        _say_who_is_idle(len(examples), rollout.prompts_per_shard)
         generator = _sampler(plan, by, model)
         if rollout.engine == "openai":
             world().on_main("hand weights over", lambda: generator.load(binding["model"]))
@@ -732,6 +740,15 @@ def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
         _note(folder, started, f"rollout: {count} answers, {tokens} tokens, {truncated / count:.1%} truncated",
               {"answers": count, "tokens": tokens, "truncated": truncated})
     return shards
+
+
+def _say_who_is_idle(num_prompts, prompts_per_shard):
+    """A shard is the work of one rank."""
+    num_shards, num_ranks = -(-num_prompts // prompts_per_shard), world().size
+    if num_shards < num_ranks:
+        advice = f"; {num_prompts // num_ranks} would give each a shard" if num_prompts >= num_ranks else ""
+        say(f"rollout.prompts_per_shard={prompts_per_shard} makes {num_shards} shards of {num_prompts} prompts: "
+            f"{num_ranks - num_shards} of {num_ranks} ranks have nothing to do while they are answered{advice}")
 
 
 def _read_answers(shards, i):
@@ -937,6 +954,7 @@ def _train_grpo(plan):
         if state:
             batches.load_state_dict(state["batches"])
         _say_run(plan, model, num_steps)
+        _say_who_is_idle(recipe.grpo.prompts_per_rollout, recipe.rollout.prompts_per_shard)
         measure = _accuracy(plan, model)
 
         def evaluate():

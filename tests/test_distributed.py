@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from mindpangu.config import recipes_folder
+from mindpangu.config import load_recipe, recipes_folder
 from mindpangu.data.shards import read_shard
+from mindpangu.model.size import flops_per_token
 
 BIN = Path(sys.executable).parent
 TIMINGS = {"time", "tokens_per_s", "data_wait", "memory_gib", "rollout_time", "mfu", "num_tokens"}
 # Few, short steps: what is compared is arithmetic, and every launch costs several seconds a process.
 SFT = ["recipe=sft_direct", "scale=smoke", "model.num_kv_heads=2", "train.micro_batch_rows=1", "run.log_every=1"]
-GRPO = ["recipe=grpo", "scale=smoke"]
+GRPO = ["recipe=grpo", "scale=smoke", "rollout.prompts_per_shard=4"]  # 2 shards of 8 prompts
 
 
 def free_port():
@@ -123,8 +124,12 @@ def test_two_processes_distil_and_reinforce_as_one_does(folder):
 
 def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_others_resume(folder):
     arguments = [*SFT, "train.steps=6", "run.dir=four", "run.save_every=2", "run.shard=gradients"]
-    msrun(folder, 4, *arguments, "run.sequence_parallel=2", "run.recompute=true")
+    msrun(folder, 4, *arguments, "run.sequence_parallel=2", "run.recompute=true", "run.peak_tflops=0.25")
     assert_same(rows(folder / "four"), rows(folder / "alone"))
+    recipe = load_recipe(SFT)
+    flops = flops_per_token(recipe.model, recipe.data.seq_len)
+    measured = json.loads((folder / "four" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert measured["mfu"] == pytest.approx(measured["tokens_per_s"] * flops / (4 * 0.25e12))
     checkpoint = folder / "four" / "checkpoints" / "step-000006"
     assert len(list(checkpoint.glob("optimizer-*-of-00004.safetensors"))) == 4
     # Back to step 4, and on with two ranks; back to step 4 of those, and on with one.
@@ -150,7 +155,8 @@ def test_four_processes_that_share_rows_and_vocabulary_distil_and_reinforce_as_o
     msrun(tmp_path, 4, *whole, "recipe=kd_student", *shared, "run.dir=four_kd")
     # The divided loss is composed of MindSpore's own operations, whose exp is right to 5e-6.
     assert_same(rows(tmp_path / "four_kd"), rows(student), 5e-6)
-    msrun(tmp_path, 4, *whole, *shared, "run.dir=four_grpo")
+    said = msrun(tmp_path, 4, *whole, *shared, "run.dir=four_grpo")
+    assert "rollout.prompts_per_shard=4 makes 2 shards of 8 prompts: 2 of 4 ranks have nothing to do" in said
     assert_same(rows(tmp_path / "four_grpo"), rows(tmp_path / "alone_grpo"))
 
 

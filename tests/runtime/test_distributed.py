@@ -1,8 +1,13 @@
 """What ranks share, without a second process; tests/test_distributed.py has the jobs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from mindpangu.config import load_recipe
+from mindpangu.data.batches import split_sequence, tokenized_to_samples
+from mindpangu.pipeline import _pack
 from mindpangu.runtime.cluster import World
 from mindpangu.runtime.distributed import Ranks, chunk_of
 
@@ -21,6 +26,22 @@ def test_consecutive_ranks_share_a_sequence(size, sequence_parallel, expected):
 def test_ranks_that_cannot_share_sequences_are_refused():
     with pytest.raises(ValueError, match="run.sequence_parallel=2 with 3 ranks: expected a divisor"):
         Ranks(World(0, 3), 2)
+
+
+def test_micro_batches_have_as_many_tokens_as_their_ranks_can_share():
+    samples = tokenized_to_samples([(np.full(60, 5), np.arange(60) > 0)] * 20)
+
+    def pack(rows_per_step, micro_batch_rows):
+        recipe = load_recipe(["recipe=sft_direct", "scale=smoke", "model.num_kv_heads=2", "data.seq_len=99",
+                              f"train.rows_per_step={rows_per_step}", f"train.micro_batch_rows={micro_batch_rows}",
+                              "run.sequence_parallel=2"])
+        return _pack(SimpleNamespace(recipe=recipe, ranks=Ranks(World(0, 4), 2)), samples, 0)
+
+    batches = pack(12, 4)  # of the 6 rows of a rank 1, 2 or 3
+    assert batches.micro_batch_rows == 2
+    split_sequence(next(batches).arrays(), 0, 2)
+    with pytest.raises(ValueError, match="run.sequence_parallel=2 with data.seq_len=99 .*micro_batch_rows=2 rows"):
+        pack(6, 2)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
