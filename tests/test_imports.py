@@ -88,6 +88,12 @@ def test_mindformers_is_imported_where_its_model_is_built_and_late():
     assert not any(name.split(".")[0] == "mindformers" for name in _imports(path, top_level_only=True))
 
 
+def test_curation_imports_numpy_and_small_libraries_only():
+    code = ("import sys, mindpangu.data.dedup; "
+            "assert not {'mindspore', 'torch', 'mindformers', 'scipy', 'datasketch'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_checking_a_recipe_imports_no_mindspore():
     code = ("import sys, mindpangu.pipeline, mindpangu.tools.report; from mindpangu.config import load_recipe; "
             "load_recipe(['recipe=kd_student']); assert 'mindspore' not in sys.modules and 'torch' not in sys.modules")

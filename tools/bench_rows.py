@@ -24,14 +24,14 @@ def ratio(row):
     return ours / peer if row.unit.endswith("/s") else peer / ours
 
 
-def alternate(ours, peer, num_runs):
+def alternate(ours, peer, num_runs, clock=time.perf_counter):
     """Seconds per run of two functions, [num_runs] each; alternating, so that a busy machine slows both."""
     seconds = [], []
     for _ in range(num_runs):
         for function, durations in zip((ours, peer), seconds, strict=True):
-            began = time.perf_counter()
+            began = clock()
             function()
-            durations.append(time.perf_counter() - began)
+            durations.append(clock() - began)
     return seconds
 
 
