@@ -1,8 +1,11 @@
 """python -m mindpangu.tools.bench_curate FOLDER [name ...]: curation against named peers, in CPU seconds.
 
-FOLDER holds the public benchmark files: gsm8k/train.jsonl. Prints a line per row.
+FOLDER holds public benchmark files: bbh, gsm8k, humaneval, ifeval, math500, mbpp, mmlu, winogrande. Prints a line per
+row.
 """
 
+import csv
+import gzip
 import json
 import random
 import sys
@@ -12,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
+from mindpangu.data.decontaminate import CONTAINED_WORDS, Item, find_items, index_items
 from mindpangu.data.dedup import near_duplicates, shingle
+from mindpangu.data.words import hash_words
 
 from .bench_rows import Row, alternate, rates, ratio
 
@@ -116,7 +121,52 @@ def components(pairs, num_documents):
     return connected_components(edges, directed=False)[1]
 
 
-BENCHMARKS = {"near_duplicates": bench_near_duplicates}
+def benchmark_items(folder):
+    """The questions of the benchmark files in folder, as Items."""
+    folder = Path(folder)
+    items = []
+    files = (("gsm8k", "test.jsonl", "question"), ("mbpp", "mbpp.jsonl", "text"),
+             ("ifeval", "input_data.jsonl", "prompt"), ("math500", "math500.jsonl", "prompt"),
+             ("humaneval", "HumanEval.jsonl.gz", "prompt"), ("winogrande", "dev.jsonl", "sentence"))
+    for name, file, key in files:
+        data = (folder / name / file).read_bytes()
+        lines = (gzip.decompress(data) if file.endswith(".gz") else data).decode().splitlines()
+        items += [Item(name, str(number), json.loads(line)[key]) for number, line in enumerate(lines, 1) if line]
+    for path in sorted(folder.glob("bbh/bbh/*.json")):
+        for number, example in enumerate(json.loads(path.read_text("utf-8"))["examples"]):
+            items.append(Item("bbh", f"{path.stem} {number}", example["input"]))
+    for path in sorted(folder.glob("mmlu/test/*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            for number, record in enumerate(csv.DictReader(file)):
+                items.append(Item("mmlu", f"{path.stem} {number}", record["question"]))
+    return [item for item in items if item.text.strip()]
+
+
+def bench_decontamination(folder):
+    """50k short documents against all benchmark files; then every item of 8 or more words put into one of them."""
+    items, documents = benchmark_items(folder), short_documents(folder, 50_000)
+    began = time.process_time()
+    index = index_items(items)
+    building = time.process_time() - began
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        find_items(documents, index)
+        seconds.append(time.process_time() - began)
+    num_words = np.diff(hash_words([item.text for item in items]).starts_D1)
+    contained = np.flatnonzero(num_words >= CONTAINED_WORDS)
+    around = [documents[i % len(documents)] for i in contained]
+    planted = [f"{text[:40]}: {items[i].text.upper()} {text[40:]}" for i, text in zip(contained, around, strict=True)]
+    found = {(hit.document, hit.benchmark, hit.item) for hit in find_items(planted, index)}
+    recall = [(d, items[i].benchmark, items[i].name) in found for d, i in enumerate(contained)]
+    return [Row(f"decontamination, 50k documents, {len(items)} items", "documents/s", rates(50_000, seconds),
+                wanted=15_000),
+            Row("decontamination, index", "s", [building]),
+            Row(f"decontamination, recall of {len(recall)} planted items", "recall", [float(np.mean(recall))],
+                wanted=1)]
+
+
+BENCHMARKS = {"near_duplicates": bench_near_duplicates, "decontamination": bench_decontamination}
 
 
 def main(folder, *names):

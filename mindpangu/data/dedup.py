@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from mindpangu.data.words import fold, hash_ngrams, hash_words, ranges
+from mindpangu.data.words import hash_ngrams, hash_words, normalise, ranges
 
 # A document's shingles are signed in pieces, so that the array of a group of pieces always has long rows.
 _PIECE_SHINGLES = 256
@@ -37,7 +37,7 @@ def content_key(text):
 
     Texts that differ otherwise share them for 1 in 2^128 pairs.
     """
-    return xxhash.xxh3_128_digest(" ".join(fold(text).split()).encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_128_digest(normalise(text).encode("utf-8", "surrogatepass"))
 
 
 def exact_duplicates(documents):

@@ -33,6 +33,11 @@ def fold(text):
     return unicodedata.normalize("NFKC", text).casefold()
 
 
+def normalise(text):
+    """text after `fold`, with every run of white space as one space and none at its ends."""
+    return " ".join(fold(text).split())
+
+
 def hash_words(documents):
     """The Words of a list of strings.
 
@@ -41,7 +46,7 @@ def hash_words(documents):
     have different ones but for 1 in 2^64 pairs, for text that was not made to defeat it.
     """
     hashes, begins, ends, counts = [], [], [], []
-    for batch in _batches(documents):
+    for batch in batches(documents, _BATCH_CHARS):
         joined = "\0".join(map(fold, batch))
         if joined.count("\0") >= len(batch):  # only then does a document hold the mark that goes between two
             joined = "\0".join(fold(document).replace("\0", " ") for document in batch)
@@ -75,18 +80,28 @@ def hash_words(documents):
     return Words(np.concatenate(hashes), np.concatenate(begins), np.concatenate(ends), starts_D1)
 
 
-def hash_ngrams(hashes_W, n):
-    """uint64 [max(W - n + 1, 0)], one hash for the n words that start at each word. 1 <= n <= 64.
+def hash_ngrams(hashes_W, n, starts=None):
+    """uint64, one hash for the n words that start at each of starts; None: at each word that has n - 1 behind it.
 
     A word hash of 0 stands for no word: fewer than n words followed by zeros hash like themselves.
+    Raises ValueError if n is not 1 to 64.
     """
     if not 1 <= n < _MULTIPLIERS.size:
         raise ValueError(f"n={n}: expected an n-gram of 1 to {_MULTIPLIERS.size - 1} words.")
-    size = max(hashes_W.size - n + 1, 0)
-    sums_W = np.zeros(size, np.uint64)
+    size = max(hashes_W.size - n + 1, 0) if starts is None else starts.size
+    sums = np.zeros(size, np.uint64)
     for k in range(n):
-        sums_W += hashes_W[k : k + size] * _MULTIPLIERS[k]
-    return sums_W
+        sums += (hashes_W[k : k + size] if starts is None else hashes_W[starts + k]) * _MULTIPLIERS[k]
+    return sums
+
+
+def batches(documents, num_chars):
+    """Yields lists of successive documents, each of about num_chars characters or one longer document."""
+    ends_D = np.cumsum([len(document) for document in documents])
+    cuts = np.flatnonzero(np.diff(ends_D // num_chars)) + 1
+    for first, end in zip([0, *cuts], [*cuts, len(documents)], strict=True):
+        if first < end:
+            yield documents[first:end]
 
 
 def ranges(starts, counts):
@@ -94,14 +109,6 @@ def ranges(starts, counts):
     counts = np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
     return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
-
-
-def _batches(documents):
-    ends_D = np.cumsum([len(document) for document in documents])
-    cuts = np.flatnonzero(np.diff(ends_D // _BATCH_CHARS)) + 1
-    for first, end in zip([0, *cuts], [*cuts, len(documents)], strict=True):
-        if first < end:
-            yield documents[first:end]
 
 
 @functools.cache
