@@ -79,7 +79,7 @@ def test_the_threshold_at_known_edits(num_edits, duplicate):
         assert scores[1] == (96 - 5 * num_edits) / (96 + 5 * num_edits)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12),
        st.sampled_from([0.5, 0.7, 1]),
        st.randoms(use_true_random=False))
