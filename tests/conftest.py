@@ -1,5 +1,6 @@
 """Shared fixtures: MindSpore on CPU, random models, transformers as the oracle, a run of the whole recipe."""
 
+import builtins
 import contextlib
 import fcntl
 import os
@@ -177,6 +178,19 @@ def serving():
                 process.kill()
 
     return start
+
+
+@pytest.fixture
+def without_pyarrow(monkeypatch):
+    """As where it is not installed."""
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Oracles: the documents that were packed, read back by pyarrow and by MindSpore's own readers."""
 
-import builtins
 import os
 import subprocess
 
@@ -92,15 +91,7 @@ def test_rows_that_the_files_cannot_hold_are_refused(tmp_path, cpu_library, writ
         assert not list(tmp_path.iterdir())
 
 
-def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("pyarrow"):
-            raise ModuleNotFoundError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_pyarrow_the_error_names_the_extra(tmp_path, without_pyarrow):
     with pytest.raises(ImportError, match=r"rows.parquet: .* pip install 'mindpangu\[curate\]'"):
         write_parquet(tmp_path / "rows.parquet", packed_documents([4])[1])
 

@@ -1,6 +1,5 @@
 """Oracles: records written by hand and by pyarrow, and Python's own reading of them."""
 
-import builtins
 import datetime
 import decimal
 import gzip
@@ -219,15 +218,9 @@ def test_parquet_files_that_are_cut_off_or_empty_are_refused(tmp_path):
         texts(write_parquet(path, {"text": []}))
 
 
-def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
-    path, real = write_parquet(tmp_path / "a.parquet", {"text": ["x"]}), builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("pyarrow"):
-            raise ModuleNotFoundError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_pyarrow_the_error_names_the_extra(tmp_path, request):
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
+    request.getfixturevalue("without_pyarrow")
     with pytest.raises(ImportError, match=r"a.parquet: .* pip install 'mindpangu\[curate\]'"):
         texts(path)
 
