@@ -710,7 +710,8 @@ def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
                "template": template_digest(), "data": _examples_digest(plan, split), "seed": str(recipe.seed),
                "sampling": f"{samples_per_prompt} x t={rollout.temperature} k={rollout.top_k} p={rollout.top_p} "
                            f"new={rollout.max_new_tokens}{' by a server' * (rollout.engine == 'openai')}"}
-    folder = folder or plan.root / f"answers-{recipe.scale}-{make_key('answers', rollout.num_slots, binding)}"
+    key = make_key("answers", [rollout.num_slots, rollout.prompts_per_shard], binding)
+    folder = folder or plan.root / f"answers-{recipe.scale}-{key}"
     num_shards = -(-len(examples) // rollout.prompts_per_shard)
     shards = _open_shards(folder, binding, num_shards)
     if shards.complete:
@@ -778,8 +779,8 @@ def _annotations(plan, split, model=None, folder=None):
     by = {"builtin": "", "mindformers": " by mindformers", "openai": " by a server"}[recipe.kd.engine]
     binding = {"teacher": f"{plan.teacher.digest}{by}", "tokenizer": plan.tokenizer.digest,
                "template": template_digest(), "top_k": str(recipe.kd.top_k), "seq_len": str(data.seq_len), **source}
-    folder = (folder / "annotations" if folder else
-              plan.root / f"annotations-{recipe.scale}-{make_key('annotations', None, binding)}")
+    key = make_key("annotations", rollout.prompts_per_shard if by_label else None, binding)
+    folder = folder / "annotations" if folder else plan.root / f"annotations-{recipe.scale}-{key}"
     shards = _open_shards(folder, binding, num_shards)
     if shards.complete:
         return shards
