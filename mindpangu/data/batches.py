@@ -63,8 +63,18 @@ def documents_to_samples(documents, seq_len):
     pieces = []
     for document in documents:
         tokens_T = np.asarray(document, dtype=np.int32)
-        pieces += [tokens_T[start : start + seq_len] for start in range(0, len(tokens_T) - 1, seq_len)]
-    return tokenized_to_samples([(piece, np.arange(len(piece)) > 0) for piece in pieces])
+        pieces += split_document(tokens_T, np.ones(len(tokens_T), bool), seq_len)
+    return tokenized_to_samples(pieces)
+
+
+def split_document(tokens_T, is_target_T, seq_len):
+    """Pieces [(tokens, is_target)] of seq_len tokens, the last of fewer; see `documents_to_samples`."""
+    pieces = []
+    for start in range(0, len(tokens_T) - 1, seq_len):
+        is_target = is_target_T[start : start + seq_len].copy()
+        is_target[0] = False
+        pieces.append((tokens_T[start : start + seq_len], is_target))
+    return pieces
 
 
 def long_samples_error(lengths_N, seq_len):
@@ -93,29 +103,46 @@ class PackedRows:
         if on_long not in ("drop", "raise"):
             raise ValueError(f"on_long={on_long!r}: expected 'drop' or 'raise'.")
         self.seq_len, self.micro_batch_rows, self.pad_id, self._samples = seq_len, micro_batch_rows, pad_id, samples
-        targets_before = _check_samples(samples)  # [N + 1]
-
         lengths_N = np.diff(samples.offsets)
+        targets_before = _check_samples(samples)  # [N + 1]
         kept = np.flatnonzero(lengths_N <= seq_len)
         self.num_samples, self.num_dropped = kept.size, lengths_N.size - kept.size
         if not kept.size or (self.num_dropped and on_long == "raise"):
             raise long_samples_error(lengths_N, seq_len)
-        order_N, self._row_starts = pack_best_fit(lengths_N[kept], seq_len)
-        self._order_N = order_N = kept[order_N]
+        order_N, row_starts_R1 = pack_best_fit(lengths_N[kept], seq_len)
+        self._hold(kept[order_N], row_starts_R1, targets_before)
+        self._max_documents, self._max_targets = max_documents, max_targets
+        self._set_shapes(1)
+
+    @classmethod
+    def from_rows(cls, samples, row_samples_R, *, seq_len, micro_batch_rows, pad_id, C, S):
+        """Rows that are packed already: row_samples_R says how many of the samples, in their order, each holds.
+
+        C, S: the shapes, for which there has to be room.
+        """
+        rows = cls.__new__(cls)
+        rows.seq_len, rows.micro_batch_rows, rows.pad_id, rows._samples = seq_len, micro_batch_rows, pad_id, samples
+        num_samples = samples.offsets.size - 1
+        rows.num_samples, rows.num_dropped = num_samples, 0
+        rows._hold(np.arange(num_samples), np.append(0, np.cumsum(row_samples_R)), _check_samples(samples))
+        rows.C, rows.S = C, S
+        return rows
+
+    def _hold(self, order_N, row_starts_R1, targets_before):
+        """Take the rows: row r has the samples order_N[row_starts_R1[r]:row_starts_R1[r + 1]]."""
+        samples, self._order_N, self._row_starts = self._samples, order_N, row_starts_R1
         # Per sample in packed order: where its tokens and its targets start, and how many there are.
-        self._token_starts, self._lengths = samples.offsets[order_N], lengths_N[order_N]
+        self._token_starts, self._lengths = samples.offsets[order_N], np.diff(samples.offsets)[order_N]
         self._target_starts = targets_before[order_N]
         self._num_targets = targets_before[order_N + 1] - self._target_starts
 
-        first = self._row_starts[:-1]
+        first = row_starts_R1[:-1]
         self.num_rows = first.size
         row_tokens = np.add.reduceat(self._lengths, first)
         self._row_targets = np.add.reduceat(self._num_targets, first)
-        self._row_documents = np.diff(self._row_starts) + (row_tokens < seq_len)
+        self._row_documents = np.diff(row_starts_R1) + (row_tokens < self.seq_len)
         self.num_targets = int(self._row_targets.sum())
-        self.fill = float(row_tokens.sum() / (self.num_rows * seq_len))
-        self._max_documents, self._max_targets = max_documents, max_targets
-        self._set_shapes(1)
+        self.fill = float(row_tokens.sum() / (self.num_rows * self.seq_len))
         self._extras = tuple(samples.extras[name] for name in sorted(samples.extras))
 
     def _set_shapes(self, repeats):
@@ -186,51 +213,21 @@ class PackedRows:
         return batch
 
 
-class PackedBatches(PackedRows):
-    """An endless iterator of Batch over epochs; its place is three integers.
+class RowStream:
+    """Rows in steps over epochs without end, to be assembled into Batches; the place is three integers.
 
-    rows_per_step: rows per optimizer step, a multiple of micro_batch_rows. seed: the rows of epoch e are shuffled by
-    (seed, e). share: (i, n) for the i-th of n equal shares of every step's micro-batches, one for each rank. The rest
-    as PackedRows.
+    A child has num_rows, rows_per_step, micro_batch_rows, share, _rows_of(epoch, first, count), the numbers of up to
+    count rows of an epoch's order from the first-th on, at least one, and assemble(rows_AR).
 
     An epoch whose last step is incomplete fills it with the first rows of the next epoch's order, and the next epoch
     goes on behind them: over E epochs' worth of rows every row is seen E times.
-    Raises ValueError for settings or data that cannot be trained on, naming the samples.
     """
 
-    def __init__(
-        self, samples, *, seq_len, rows_per_step, micro_batch_rows, pad_id, seed, on_long="drop", max_documents=None,
-        share=(0, 1),
-    ):
-        if min(seq_len, rows_per_step, micro_batch_rows) < 1 or rows_per_step % (micro_batch_rows * share[1]):
-            ranks = f" times {share[1]} ranks" if share[1] > 1 else ""
-            raise ValueError(
-                f"seq_len={seq_len}, rows_per_step={rows_per_step}, micro_batch_rows={micro_batch_rows}: all have to "
-                f"be positive and rows_per_step a multiple of micro_batch_rows{ranks}; change one of the two."
-            )
-        super().__init__(
-            samples, seq_len=seq_len, micro_batch_rows=micro_batch_rows, pad_id=pad_id, on_long=on_long,
-            max_documents=max_documents,
-        )
-        self.rows_per_step, self.seed, self.share = rows_per_step, seed, share
-        if not self._row_targets.all():
-            bare = np.flatnonzero(self._row_targets == 0)
-            row = bare[0]
-            raise ValueError(
-                f"{bare.size} of {self.num_rows} rows have no supervised token; the first holds the samples "
-                f"{_listed(self._order_N[self._row_starts[row] : self._row_starts[row + 1]])}: expected at least one "
-                "target per row; remove samples without an answer."
-            )
-        self.steps_per_epoch = -(-self.num_rows // rows_per_step)
-        # Where epochs do not end with a micro-batch, one micro-batch holds rows of two epochs (more if the data set
-        # is smaller than a micro-batch) and can hold the same row again.
-        self._set_shapes(1 if self.num_rows % micro_batch_rows == 0 else 1 + -(-micro_batch_rows // self.num_rows))
-        self._epoch = self._row = self._step = 0
-        self._order = self._order_of(0)
+    _epoch = _row = _step = 0
 
-    def _order_of(self, epoch):
-        seeds = np.random.SeedSequence([self.seed, epoch])
-        return np.random.Generator(np.random.Philox(seeds)).permutation(self.num_rows)
+    @property
+    def steps_per_epoch(self):
+        return -(-self.num_rows // self.rows_per_step)
 
     def state_dict(self):
         """The place in the stream: current epoch, rows of it already delivered, steps delivered since the start."""
@@ -246,7 +243,6 @@ class PackedBatches(PackedRows):
                 "interrupted run, or start a new run."
             )
         self._epoch, self._row, self._step = epoch, row, step
-        self._order = self._order_of(epoch)
 
     def __iter__(self):
         return self
@@ -258,15 +254,67 @@ class PackedBatches(PackedRows):
     def __next__(self):
         rows = []
         while len(rows) < self.rows_per_step:
-            chosen = self._order[self._row : self._row + self.rows_per_step - len(rows)]
+            chosen = self._rows_of(self._epoch, self._row, self.rows_per_step - len(rows))
             rows.extend(chosen.tolist())
             self._row += chosen.size
             if self._row == self.num_rows:
                 self._epoch, self._row = self._epoch + 1, 0
-                self._order = self._order_of(self._epoch)
         self._step += 1
         i, n = self.share
         return self.assemble(np.array(rows).reshape(-1, self.micro_batch_rows)[i::n])
+
+
+def check_batch_rows(seq_len, rows_per_step, micro_batch_rows, num_shares):
+    """Raises ValueError for rows that can't be divided into micro-batches and shares."""
+    if min(seq_len, rows_per_step, micro_batch_rows) < 1 or rows_per_step % (micro_batch_rows * num_shares):
+        ranks = f" times {num_shares} ranks" if num_shares > 1 else ""
+        raise ValueError(
+            f"seq_len={seq_len}, rows_per_step={rows_per_step}, micro_batch_rows={micro_batch_rows}: all have to "
+            f"be positive and rows_per_step a multiple of micro_batch_rows{ranks}; change one of the two."
+        )
+
+
+def shuffled(size, *seeds):
+    """0 to size - 1 in the order that the seeds give."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seeds))).permutation(size)
+
+
+class PackedBatches(RowStream, PackedRows):
+    """An endless iterator of Batch over epochs, see RowStream.
+
+    rows_per_step: rows per optimizer step, a multiple of micro_batch_rows. seed: the rows of epoch e are shuffled by
+    (seed, e). share: (i, n) for the i-th of n equal shares of every step's micro-batches, one for each rank. The rest
+    as PackedRows.
+    Raises ValueError for settings or data that cannot be trained on, naming the samples.
+    """
+
+    def __init__(
+        self, samples, *, seq_len, rows_per_step, micro_batch_rows, pad_id, seed, on_long="drop", max_documents=None,
+        share=(0, 1),
+    ):
+        check_batch_rows(seq_len, rows_per_step, micro_batch_rows, share[1])
+        super().__init__(
+            samples, seq_len=seq_len, micro_batch_rows=micro_batch_rows, pad_id=pad_id, on_long=on_long,
+            max_documents=max_documents,
+        )
+        self.rows_per_step, self.seed, self.share = rows_per_step, seed, share
+        if not self._row_targets.all():
+            bare = np.flatnonzero(self._row_targets == 0)
+            row = bare[0]
+            raise ValueError(
+                f"{bare.size} of {self.num_rows} rows have no supervised token; the first holds the samples "
+                f"{_listed(self._order_N[self._row_starts[row] : self._row_starts[row + 1]])}: expected at least one "
+                "target per row; remove samples without an answer."
+            )
+        # Where epochs do not end with a micro-batch, one micro-batch holds rows of two epochs (more if the data set
+        # is smaller than a micro-batch) and can hold the same row again.
+        self._set_shapes(1 if self.num_rows % micro_batch_rows == 0 else 1 + -(-micro_batch_rows // self.num_rows))
+        self._order = None, None  # of an epoch
+
+    def _rows_of(self, epoch, first, count):
+        if self._order[0] != epoch:
+            self._order = epoch, shuffled(self.num_rows, self.seed, epoch)
+        return self._order[1][first : first + count]
 
 
 class _Part(NamedTuple):

@@ -119,9 +119,25 @@ class ShardFolder:
             opened._write_manifest()
         return opened
 
+    @classmethod
+    def find(cls, folder):
+        """Opens a folder for reading, whatever it is bound to. Raises ValueError if it is none."""
+        path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no folder of shards: {path.name} is missing.")
+        return cls(Path(folder), _read_manifest(path))
+
     @property
     def num_shards(self):
         return self._manifest["num_shards"]
+
+    @property
+    def binding(self):
+        return dict(self._manifest["binding"])
+
+    def entry(self, i):
+        """What the manifest says of shard i: bytes, xxh3_128 and what `take_file` was told; None: not written."""
+        return self._manifest["shards"].get(str(i))
 
     @property
     def complete(self):
@@ -151,6 +167,11 @@ class ShardFolder:
         assert 0 <= i < self.num_shards
         digest = write_shard(self._path(i), arrays)
         return {"bytes": self._path(i).stat().st_size, "xxh3_128": digest}
+
+    def take_file(self, i, file, digest, **numbers):
+        """Makes a file of this folder, from `write_shard` with that digest, shard i; numbers go into its entry."""
+        os.replace(file, self._path(i))
+        self.record({str(i): {"bytes": self._path(i).stat().st_size, "xxh3_128": digest, **numbers}})
 
     def record(self, entries, on_disk=True):
         """Adds {number: entry} of files that are there to the manifest."""
@@ -225,14 +246,18 @@ class SharedShards:
             self._shards.record({})
 
 
-def _read_manifest(path, wanted):
+def _read_manifest(path, wanted=None):
+    """The manifest at a path. wanted: raises ValueError if it is for something else."""
     try:
         manifest = json.loads(path.read_bytes())
-        found, binding, _ = manifest["binding"], wanted["binding"], manifest["shards"].keys()
-        pairs = [(key, found.get(key), binding.get(key)) for key in sorted(found.keys() | binding.keys())]
-        pairs += [(key, manifest[key], wanted[key]) for key in ("num_shards", "format_version")]
+        binding, _ = manifest["binding"].keys(), manifest["shards"].keys()
+        pairs = [(key, manifest[key], wanted and wanted[key]) for key in ("num_shards", "format_version")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest ({error!r}): delete the folder and run the command again.") from error
+    if wanted is None:
+        return manifest
+    pairs = [(key, manifest["binding"].get(key), wanted["binding"].get(key))
+             for key in sorted(binding | wanted["binding"].keys())] + pairs
     differences = [f"{key} differs: manifest {was}, this run {now}" for key, was, now in pairs if was != now]
     if differences:
         raise ValueError(
