@@ -4,13 +4,15 @@
 # make test-ascendc   the AscendC kernels' tests on the model of the chips, part of make test
 # make test-sanitize, test-portable   the kernels' tests on a library with ASan and UBSan, or in portable C++
 # make bench      speed against named peers, written to bench.json
+# make bench-data    data curation against named peers, on the benchmarks' files in BENCHMARKS, written to bench_data.json
 # make check      ruff
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v python3)
 VENV := .venv
+BENCHMARKS ?= ../shared/data
 BIN := $(VENV)/bin
 
-.PHONY: run test test-long test-ascendc test-sanitize test-portable bench check clean
+.PHONY: run test test-long test-ascendc test-sanitize test-portable bench bench-data check clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m mindpangu.train recipe=kd_student
@@ -33,6 +35,10 @@ test-portable: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m mindpangu.tools.bench
+
+bench-data: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m mindpangu.tools.bench_curate $(BENCHMARKS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ EVAL = ["lm-eval==0.4.13", "langdetect", "immutabledict", "nltk>=3.9.1", "nltk-p
 
 CURATE = ["pyarrow>=16"]  # Parquet; 16 is the first that casts a batch
 
+RAY = ["ray[data]>=2.40"]
+
 setup(
     name="mindpangu",
     version="0.1.0",
@@ -45,7 +47,8 @@ setup(
         "requests",
         "math-verify[antlr4_9_3]==0.9.0",  # the antlr that hydra-core 1.3 needs
     ],
-    extras_require={"eval": EVAL, "curate": CURATE,
-                    "dev": [*EVAL, *CURATE, "accelerate", "pytest", "pytest-xdist", "hypothesis", "ruff",
+    extras_require={"eval": EVAL, "curate": CURATE, "ray": RAY,
+                    "bench": ["trl>=0.20,<0.25"],  # later ones want a pyarrow that mindformers forbids
+                    "dev": [*EVAL, *CURATE, *RAY, "accelerate", "pytest", "pytest-xdist", "hypothesis", "ruff",
                             "torch==2.13.0"]},
 )

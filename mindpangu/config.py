@@ -86,9 +86,12 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where the examples come from and how they become rows."""
 
-    source: str = "arithmetic"  # arithmetic (built in) | chats | gsm8k | documents | problems (for grpo)
-    train: list[str] = field(default_factory=list)  # files of the training examples; empty for arithmetic
-    heldout: list[str] = field(default_factory=list)  # files of the held-out examples; empty: num_heldout of train
+    source: str = "arithmetic"  # arithmetic (built in) | chats | gsm8k | documents | problems (for grpo) |
+    #                             packed: rows that curate wrote | curated: those that it makes of this very recipe
+    train: list[str] = field(default_factory=list)  # files of the training examples; empty for arithmetic and curated;
+    #                                                 packed: the folder rows/ of a curation
+    heldout: list[str] = field(default_factory=list)  # files of the held-out examples; empty: num_heldout of train;
+    #                                                   packed: those that the curation set aside
     dress: str = "fast"  # reasoning: thoughts and answer | fast: the short worked answer | result: the bare result |
     #                      text: plain text, every token supervised (pre-training)
     num_examples: int = 0  # training examples used, the first ones; 0: all (arithmetic needs a number)
@@ -100,7 +103,8 @@ class DataConfig(_Section):
     on_error: str = "raise"  # malformed line: raise | skip (counted and reported)
 
     def check(self):
-        _one_of("data.source", self.source, ("arithmetic", "chats", "gsm8k", "documents", "problems"))
+        _one_of("data.source", self.source, ("arithmetic", "chats", "gsm8k", "documents", "problems", "packed",
+                                             "curated"))
         _one_of("data.dress", self.dress, ("reasoning", "fast", "result", "text"))
         _require(self.source != "documents" or self.dress == "text",
                  f"data.dress={self.dress} with data.source=documents: plain documents are text; use "
@@ -115,9 +119,11 @@ class DataConfig(_Section):
                      f"data.train={self.train}: the built-in problems need no files; "
                      "choose data=chats, data=gsm8k, data=documents or data=problems to read yours.")
             _at_least("data.num_examples", self.num_examples, 1)
-        else:
-            _require(self.train, f"data.train is empty: data.source={self.source} needs at least one file, "
-                                 "for example data.train=[my_chats.jsonl].")
+        _require(self.source != "curated" or not self.train, f"data.train={self.train} with data.source=curated: what "
+                                                             "is curated stands in curate.sources.")
+        _require(self.source != "packed" or len(self.train) <= 1,
+                 f"data.train={self.train} with data.source=packed: expected one folder; curate several sources into "
+                 "one mixture.")
 
 
 @dataclass
@@ -134,6 +140,8 @@ class TrainConfig(_Section):
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 0  # linear from 0
     decay_steps: int = 0  # where the cosine ends; 0: with the run
+    first_step: int = 0  # of the schedule, where earlier phases went through a part of it
+    continue_optimizer: bool = False  # start with the moments of the run in init_from, of which this is a further phase
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -157,6 +165,10 @@ class TrainConfig(_Section):
         _require(self.decay_steps == 0 or self.decay_steps > self.warmup_steps,
                  f"train.decay_steps={self.decay_steps}: expected 0, or more than "
                  f"train.warmup_steps={self.warmup_steps}.")
+        _at_least("train.first_step", self.first_step, 0)
+        _require(self.first_step == 0 or self.decay_steps > self.first_step,
+                 f"train.first_step={self.first_step} with train.decay_steps={self.decay_steps}: expected "
+                 "train.decay_steps of the whole schedule, so above it.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected in [0, 1).")
         _one_of("train.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
@@ -458,6 +470,134 @@ class GrpoConfig(_Section):
             _at_least(f"grpo.{name}", getattr(self, name), 0)
 
 
+CURATE_STAGES = ("exact_duplicates", "attributes", "benchmarks", "near_duplicates", "zip")
+
+
+@dataclass
+class SourceConfig(_Section):
+    """Raw data to curate: files of one kind of record."""
+
+    name: str = MISSING
+    paths: list[str] = MISSING  # files, folders and globs: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt
+    language: str | None = None  # of all its documents; null: of each one, by its script
+    category: str | None = None  # what mix goes by; null: the source's name
+    licence: str | None = None
+    fields: list[str] = field(default_factory=list)  # keys of a record that make its text, the last one the reply; []:
+    #                                                 messages | question, answer | prompt, answer | instruction,
+    #                                                 input, output | text, whichever it has
+
+    def check(self):
+        _require(self.paths, f"curate.sources: source {self.name!r} has no paths: expected files, folders or globs.")
+
+
+@dataclass
+class DecontaminateConfig(_Section):
+    """Documents that hold items of benchmarks, by 13-grams."""
+
+    benchmarks_dir: str | None = None  # folder of published benchmark files, see python -m mindpangu.evaluate
+    #                                    --list-tasks; all that are there count
+    files: list[str] = field(default_factory=list)  # further items, a record each, in the forms that sources take
+    action: str = "drop"  # drop | report: keep them, and list what was found
+
+    def check(self):
+        _one_of("curate.decontaminate.action", self.action, ("drop", "report"))
+
+
+@dataclass
+class NearDuplicatesConfig(_Section):
+    """MinHash-LSH over n-grams of words (Chinese: characters), candidates verified exactly."""
+
+    threshold: float = 0.7  # Jaccard similarity
+    num_words: int = 5  # of an n-gram
+    num_permutations: int = 128
+    band_size: int = 4  # MinHash values that candidates share; of pairs at 0.7 with these values 1.5e-4 are not seen
+
+    def check(self):
+        _require(0 < self.threshold <= 1, f"curate.near_duplicates.threshold={self.threshold}: expected in (0, 1].")
+        _in_range("curate.near_duplicates.num_words", self.num_words, 1, 64)
+        _require(1 <= self.band_size <= self.num_permutations and self.num_permutations % self.band_size == 0,
+                 f"curate.near_duplicates.num_permutations={self.num_permutations}: expected a multiple of "
+                 f"curate.near_duplicates.band_size={self.band_size}.")
+
+
+@dataclass
+class ZipConfig(_Section):
+    """Selection of the documents that compress worst together (arXiv 2407.06645)."""
+
+    budget: int = 0  # documents selected; 0: all, in which case nothing is compressed
+    engine: str = "zstd"  # zstd | zlib_exact: the published program, slower
+    k1: int = 10_000  # candidates of a round that are compressed with all that is selected
+    k2: int = 200  # of these, the worst, which are compressed with the round's own picks
+    k3: int = 100  # picked in a round
+    strata: bool = True  # the budget is divided over language x category by their numbers of documents
+    compat: str | None = None  # repr, with zlib_exact: compress Python's repr of the records, as published
+
+    def check(self):
+        _one_of("curate.zip.engine", self.engine, ("zstd", "zlib_exact"))
+        _at_least("curate.zip.budget", self.budget, 0)
+        _require(1 <= self.k3 <= self.k2 <= self.k1, f"curate.zip.k1={self.k1}, k2={self.k2}, k3={self.k3}: expected "
+                                                     "1 <= k3 <= k2 <= k1.")
+        _require(self.compat in (None, "repr") and (self.compat is None or self.engine == "zlib_exact"),
+                 f"curate.zip.compat={self.compat}: expected null, or repr with curate.zip.engine=zlib_exact.")
+
+
+@dataclass
+class MixConfig(_Section):
+    """What share of the mixture is of which category."""
+
+    weights: dict[str, float] = field(default_factory=dict)  # by category, of the whole or of its group; {}: by size
+    groups: dict[str, list[str]] = field(default_factory=dict)  # their categories; those in none are of group "other"
+    ratio: dict[str, float] = field(default_factory=dict)  # of the groups, for example {reasoning: 3, other: 1}
+    unit: str = "tokens"  # that the shares are of: samples | tokens
+    max_epochs: float = 4.0  # how often a sample may be seen; a share that needs more makes the mixture smaller
+    curriculum: list[str] = field(default_factory=list)  # categories and groups that come easy to hard, by the label of
+    #                                                     difficulty
+    on_missing: str = "raise"  # weights and ratio of what has no sample: raise | renormalise, which is said
+
+    def check(self):
+        _one_of("mix.unit", self.unit, ("samples", "tokens"))
+        _one_of("mix.on_missing", self.on_missing, ("raise", "renormalise"))
+        _require(self.max_epochs > 0, f"mix.max_epochs={self.max_epochs}: expected above 0.")
+        for name, weights in (("weights", self.weights), ("ratio", self.ratio)):
+            for key, weight in weights.items():
+                _require(0 < weight < math.inf, f"mix.{name}.{key}={weight}: expected a positive number.")
+        categories = [category for members in self.groups.values() for category in members]
+        repeated = sorted({category for category in categories if categories.count(category) > 1})
+        _require(not repeated, f"mix.groups has {', '.join(repeated)} twice: expected a category in one group.")
+        unknown = sorted(set(self.ratio) - {*self.groups, "other"})
+        _require(not unknown, f"mix.ratio has {', '.join(unknown)}: expected groups of mix.groups, or other.")
+
+
+@dataclass
+class CurateConfig(_Section):
+    """From raw sources to packed rows. The rows suit a recipe by its data.dress, data.seq_len and data.tokenizer."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    built_in: bool | None = None  # the built-in problems as one more source, category STEM; null: where there is no
+    #                               other, at smoke and tiny
+    on_error: str = "raise"  # malformed line: raise | skip (counted, reported and listed in malformed.jsonl)
+    stages: list[str] = field(default_factory=lambda: list(CURATE_STAGES))  # the ones that run, always in this order
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
+    zip: ZipConfig = field(default_factory=ZipConfig)
+    size: int = 0  # samples or tokens, as mix.unit says, of the mixture; 0: what it takes to see every document, or as
+    #                many as mix.max_epochs allow
+    samples_per_shard: int = 65536  # of the mixture that are packed together
+    engine: str = "local"  # local: processes of this machine | ray: Ray Data, whose machines share run.root
+    num_processes: int = 0  # 0: as many as cores
+
+    def check(self):
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), f"curate.sources are named {names}: give each a name of its own.")
+        _one_of("curate.on_error", self.on_error, ("raise", "skip"))
+        for stage in self.stages:
+            _one_of("curate.stages", stage, CURATE_STAGES)
+        _one_of("curate.engine", self.engine, ("local", "ray"))
+        _at_least("curate.samples_per_shard", self.samples_per_shard, 1)
+        for name in ("size", "num_processes"):
+            _at_least(f"curate.{name}", getattr(self, name), 0)
+
+
 @dataclass
 class RunConfig(_Section):
     """Where and how a run is executed. Nothing here is part of what a run is: its results are reused across changes."""
@@ -522,7 +662,7 @@ class Recipe(_Section):
 
     recipe: str = MISSING  # its name
     scale: str = "tiny"  # smoke (seconds) | tiny (minutes on 2 cores) | 1b (the papers' values)
-    task: str = MISSING  # language_model | distill | grpo | evaluate | export
+    task: str = MISSING  # language_model | distill | grpo | evaluate | export | curate
     seed: int = 0  # of initial weights, shuffling and sampling
     init_from: str | None = None  # a recipe's name, a run folder or a Hugging Face folder; null: random weights
     teacher: str | None = None  # the same, for distill
@@ -535,12 +675,17 @@ class Recipe(_Section):
     export: ExportConfig = field(default_factory=ExportConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self):
         _one_of("scale", self.scale, ("smoke", "tiny", "1b"))
         _at_least("seed", self.seed, 0)
-        _one_of("task", self.task, ("language_model", "distill", "grpo", "evaluate", "export"))
+        _one_of("task", self.task, ("language_model", "distill", "grpo", "evaluate", "export", "curate"))
+        _require(self.data.train or self.data.source in ("arithmetic", "curated") or self.curate.sources,
+                 f"data.train is empty: data.source={self.data.source} needs at least one file, for example "
+                 "data.train=[my_chats.jsonl].")
         _require(self.recipe != "sft_teacher" or self.scale != "1b",
                  "recipe=sft_teacher with scale=1b: at this scale the teacher is a model you bring, such as "
                  "openPangu-Embedded-7B; give its Hugging Face folder as teacher=... to a distillation recipe.")
@@ -574,6 +719,11 @@ class Recipe(_Section):
                                                "folder or a Hugging Face folder, for example teacher=sft_teacher.")
             _require(self.kd.top_k <= self.model.vocab_size,
                      f"kd.top_k={self.kd.top_k} exceeds model.vocab_size={self.model.vocab_size}.")
+        _require(not self.train.continue_optimizer or self.init_from is not None,
+                 "train.continue_optimizer=true without init_from: expected the run of the phase before.")
+        _require(self.data.source not in ("packed", "curated") or self.task in ("language_model", "curate"),
+                 f"data.source={self.data.source} with recipe={self.recipe}: rows have no prompts to answer; use "
+                 "data=chats 'data.train=[<curation>/curated.jsonl]'.")
         if self.task in ("distill", "grpo"):
             _require(self.init_from is not None, f"init_from is missing: task={self.task} starts from a trained "
                                                  "student, for example init_from=sft_fast.")
@@ -643,8 +793,12 @@ def load_recipe(overrides):
 
 def as_dict(section):
     """The section as plain dictionaries, lists and scalars."""
-    return {f.name: as_dict(value) if isinstance(value := getattr(section, f.name), _Section) else
-            list(value) if isinstance(value, list) else value for f in fields(section)}
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(element) for element in value]
+        return as_dict(value) if isinstance(value, _Section) else value
+
+    return {f.name: plain(getattr(section, f.name)) for f in fields(section)}
 
 
 def num_training_steps(train, steps_per_epoch):

@@ -37,6 +37,7 @@ from .data.batches import PackedBatches, SequenceShare, documents_to_samples, to
 from .data.chat import decode_response, encode_chat, encode_prompt, list_stretches, template_digest
 from .data.corpus import file_digests, load_corpus
 from .data.documents import task_type
+from .data.packed_shards import PackedShards, ShardBatches
 from .data.shards import ShardFolder, SharedShards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .rewards.router import Rewards
@@ -114,7 +115,7 @@ def require_alone(command):
 
 def train(recipe, overrides):
     """Run a recipe to its end and return its run folder; what it stands on is built first, or reused."""
-    if recipe.task in ("evaluate", "export"):
+    if recipe.task in ("evaluate", "export", "curate"):
         raise ValueError(f"recipe={recipe.recipe} trains nothing: python -m mindpangu.{recipe.task} runs it.")
     with Plan(recipe, overrides) as plan:
         if world().on_main("look for the run", plan.is_done):
@@ -163,6 +164,8 @@ class Plan:
     """
 
     def __init__(self, recipe, overrides):
+        if recipe.data.source == "curated":
+            recipe = _with_rows(recipe)
         self.recipe, self.overrides = recipe, overrides
         self.engines = {}  # samplers and annotators made for this plan, see `_sampler` and `_annotator`
         self.root = Path(recipe.run.root)
@@ -173,7 +176,7 @@ class Plan:
         self.tokenizer = self._tokenizer()
         self._check_models()
         fields = as_dict(recipe)
-        for section in ("run", "eval", "export", "init_from", "teacher", "scale", "recipe"):
+        for section in ("run", "eval", "export", "curate", "mix", "init_from", "teacher", "scale", "recipe"):
             fields.pop(section, None)
         if recipe.task == "distill":
             del fields["kd"]["server"]
@@ -280,8 +283,10 @@ class Plan:
 
     def _tokenizer(self):
         """data.tokenizer, else that of init_from, else one trained on the examples."""
-        data, model = self.recipe.data, self.recipe.model
+        data = self.recipe.data
         inherited = self.init and self.init.folder / "tokenizer.model"
+        if data.source == "packed":
+            return self._tokenizer_of_rows(Path(data.train[0]), inherited)
         if data.tokenizer:
             tokenizer = Tokenizer(data.tokenizer)
             if inherited and inherited.is_file() and Tokenizer(inherited).digest != tokenizer.digest:
@@ -295,22 +300,15 @@ class Plan:
                                  "token ids other meanings: put the weights' tokenizer.model there or name it with "
                                  "data.tokenizer.")
             return Tokenizer(inherited)
-        if self.recipe.scale == "1b":
-            raise ValueError("data.tokenizer is missing: give the SentencePiece model that the weights belong to, for "
-                             "example data.tokenizer=openPangu-Embedded-1B/tokenizer.model.")
-        examples = dataclasses.replace(data, num_examples=_TOKENIZER_EXAMPLES if data.source == "arithmetic" else 0,
-                                       dress="text", seq_len=8)
-        fields = as_dict(examples) | {"vocab_size": model.vocab_size}
-        del fields["seq_len"], fields["train"], fields["heldout"]
-        folder = self.root / f"tokenizer-{make_key('tokenizer', fields, self.files)}"
-        path = folder / "tokenizer.model"
-        if world().is_main and not path.exists():
-            with lock_folder(folder):
-                texts = _plain_texts(load_corpus(examples).train[:_TOKENIZER_EXAMPLES], stretches=True)
-                train_tokenizer(texts, model.vocab_size, path)
-                say(f"tokenizer: {model.vocab_size} pieces from {len(texts)} stretches of text, {path}")
-        world().gather("train a tokenizer")
-        return Tokenizer(path)
+        return built_tokenizer(self.recipe)
+
+    def _tokenizer_of_rows(self, folder, inherited):
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        for name, path in (("data.tokenizer", self.recipe.data.tokenizer), ("init_from", inherited)):
+            if path and Path(path).is_file() and Tokenizer(path).digest != tokenizer.digest:
+                raise ValueError(f"{folder} was packed with another tokenizer than {name}'s {path}: the same ids would "
+                                 f"mean other tokens; curate with data.tokenizer={path}.")
+        return tokenizer
 
     def _check_models(self):
         model, tokenizer = self.recipe.model, self.tokenizer
@@ -339,6 +337,40 @@ class Plan:
             if path.is_file() and Tokenizer(path).digest != tokenizer.digest:
                 raise ValueError(f"teacher={self.teacher.folder} was trained with another tokenizer ({path}) than the "
                                  f"student's {tokenizer.model_file}: the same ids would mean other tokens.")
+
+
+def _with_rows(recipe):
+    """The recipe on the packed rows of its own curation, which is made where it is not at scale=1b."""
+    from .curate import curate
+
+    rows = world().on_main("curate", lambda: str(curate(recipe, may_build=recipe.scale != "1b") / "rows"))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source="packed", train=[rows]))
+
+
+def built_tokenizer(recipe):
+    """The Tokenizer of data.tokenizer, or one trained on the recipe's examples, or for what is curated on the built-in
+    problems, if it has not been. ValueError at scale=1b, where weights have one."""
+    data, model = recipe.data, recipe.model
+    if data.tokenizer:
+        return Tokenizer(data.tokenizer)
+    if recipe.scale == "1b":
+        raise ValueError("data.tokenizer is missing: give the SentencePiece model that the weights belong to, for "
+                         "example data.tokenizer=openPangu-Embedded-1B/tokenizer.model.")
+    built_in = data.source in ("arithmetic", "curated")
+    examples = dataclasses.replace(data, source="arithmetic" if built_in else data.source, dress="text", seq_len=8,
+                                   num_examples=_TOKENIZER_EXAMPLES if built_in else 0,
+                                   num_heldout=1 if built_in else data.num_heldout)
+    fields = as_dict(examples) | {"vocab_size": model.vocab_size}
+    del fields["seq_len"], fields["train"], fields["heldout"]
+    folder = Path(recipe.run.root) / f"tokenizer-{make_key('tokenizer', fields, file_digests(data))}"
+    path = folder / "tokenizer.model"
+    if world().is_main and not path.exists():
+        with lock_folder(folder):
+            texts = _plain_texts(load_corpus(examples).train[:_TOKENIZER_EXAMPLES], stretches=True)
+            train_tokenizer(texts, model.vocab_size, path)
+            say(f"tokenizer: {model.vocab_size} pieces from {len(texts)} stretches of text, {path}")
+    world().gather("train a tokenizer")
+    return Tokenizer(path)
 
 
 def _inherited(overrides, names):
@@ -453,7 +485,34 @@ def _pack(plan, samples, seed):
     if not samples.is_target.any():
         raise ValueError("nothing is left to train on: no example or answer has a supervised token; check data.train "
                          f"and rollout.drop={plan.recipe.rollout.drop}.")
-    ranks, num_data = plan.ranks, plan.ranks.num_data
+    micro_batch_rows, share = _rows_of_ranks(plan)
+    batches = PackedBatches(samples, seq_len=plan.recipe.data.seq_len, rows_per_step=train.rows_per_step,
+                            micro_batch_rows=micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed, share=share)
+    return _said(batches)
+
+
+def _packed_rows(plan):
+    """The rows of data.source=packed, in their order."""
+    recipe = plan.recipe
+    shards = PackedShards(recipe.data.train[0])
+    shards.check(tokenizer=plan.tokenizer.digest, template=template_digest(), seq_len=recipe.data.seq_len,
+                 pad_id=recipe.model.pad_id)
+    micro_batch_rows, share = _rows_of_ranks(plan)
+    return _said(ShardBatches(shards, seq_len=recipe.data.seq_len, rows_per_step=recipe.train.rows_per_step,
+                              micro_batch_rows=micro_batch_rows, pad_id=recipe.model.pad_id, seed=recipe.seed,
+                              share=share))
+
+
+def _said(batches):
+    dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
+    say(f"data: {batches.num_samples} samples in {batches.num_rows} rows of {batches.seq_len} tokens, fill "
+        f"{batches.fill:.1%}, {batches.num_targets} supervised tokens{dropped}")
+    return batches
+
+
+def _rows_of_ranks(plan):
+    """(rows of a micro-batch, (i, n): the i-th of n equal shares of every step's micro-batches, this rank's)."""
+    train, ranks, num_data = plan.recipe.train, plan.ranks, plan.ranks.num_data
     if train.rows_per_step % num_data:
         raise ValueError(f"train.rows_per_step={train.rows_per_step} can't be divided among {num_data} ranks with rows "
                          "of their own: change one of the two.")
@@ -467,13 +526,7 @@ def _pack(plan, samples, seed):
                          f"train.rows_per_step={train.rows_per_step} among {num_data} ranks with rows of their own: no "
                          f"micro-batch of up to train.micro_batch_rows={train.micro_batch_rows} rows has a number of "
                          "tokens that can be shared; change data.seq_len or train.rows_per_step.")
-    batches = PackedBatches(samples, seq_len=seq_len, rows_per_step=train.rows_per_step,
-                            micro_batch_rows=micro_batch_rows, pad_id=plan.recipe.model.pad_id, seed=seed,
-                            share=(ranks.data_rank, num_data))
-    dropped = f", {batches.num_dropped} over-long samples dropped" if batches.num_dropped else ""
-    say(f"data: {batches.num_samples} samples in {batches.num_rows} rows of {batches.seq_len} tokens, fill "
-        f"{batches.fill:.1%}, {batches.num_targets} supervised tokens{dropped}")
-    return batches
+    return micro_batch_rows, (ranks.data_rank, num_data)
 
 
 # ---- Models and validation -------------------------------------------------------------------------------------------
@@ -587,13 +640,15 @@ def _loop(plan, model, loss_fn, metric_names, num_steps):
     from .runtime.loop import Loop
 
     recipe = plan.recipe
-
     loop = Loop(loss_fn, metric_names, model.trainable_params(), train=recipe.train, run=recipe.run,
                 num_steps=num_steps, folder=plan.folder, save_model=lambda folder: _save_model(plan, model, folder),
                 ranks=plan.ranks,
                 flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
                 peak_flops=recipe.run.peak_tflops * 1e12 * plan.ranks.size or None)
-    return loop, loop.resume(lambda checkpoint: load_weights(model, checkpoint))
+    state = loop.resume(lambda checkpoint: load_weights(model, checkpoint))
+    if state is None and recipe.train.continue_optimizer:
+        loop.continue_optimizer(plan.init.folder)
+    return loop, state
 
 
 def _say_run(plan, model, num_steps):
@@ -637,7 +692,8 @@ def _train_language_model(plan):
     from .trainers import language_model
 
     with plan.begin():
-        batches = _pack(plan, _tokenize(plan, plan.corpus.train), recipe.seed)
+        batches = (_packed_rows(plan) if recipe.data.source == "packed" else
+                   _pack(plan, _tokenize(plan, plan.corpus.train), recipe.seed))
         num_steps = num_training_steps(recipe.train, batches.steps_per_epoch)
         model = _student(plan)
         loss_fn = language_model.make_loss(model, recipe.data.seq_len, recipe.run.logits_chunk)

@@ -12,8 +12,11 @@ PAPER = ["scale=1b", "data.train=[x.jsonl]"]
 KD_PAPER = [*PAPER, "teacher=openPangu-Embedded-7B"]
 
 
+PHASES = ["pretrain_general_4k", "pretrain_general_8k", "pretrain_reasoning_8k", "pretrain_annealing_32k"]
+
+
 def test_the_recipes_are_all_there():
-    assert {"pretrain", "sft_reasoning", "sft_fast", "sft_direct", "kd_label", "kd_teacher", "kd_student",
+    assert {"curate", *PHASES, "sft_reasoning", "sft_fast", "sft_direct", "kd_label", "kd_teacher", "kd_student",
             "kd_student_refresh"} <= set(recipe_names())
 
 
@@ -26,22 +29,21 @@ def test_every_recipe_composes_at_every_scale(name, scale):
             load_recipe(overrides + ["data.train=[x.jsonl]", "data.seq_len=512"])
         return
     if scale == "1b":
-        if not name.startswith(("eval_", "export_")):
+        if not name.startswith(("eval_", "export_", "pretrain_", "curate")):
             overrides.append("data.train=[x.jsonl]")
-        overrides += [*(["teacher=folder"] if name.startswith("kd_") else []),
-                      *(["data=documents"] if name == "pretrain" else [])]
+        overrides += ["teacher=folder"] if name.startswith("kd_") else []
     recipe = load_recipe(overrides)
     assert (recipe.recipe, recipe.scale) == (name, scale)
 
 
 # Section and page of each value: openPangu Embedded-1B technical report (P1) and "Post-training via KD" (P2).
 @pytest.mark.parametrize(("overrides", "expected"), [
-    (["recipe=pretrain", "scale=1b", "data=documents", "data.train=[x.txt]"],
+    (["recipe=pretrain_general_4k", "scale=1b"],
      {"train.lr": 5e-3, "train.min_lr": 1e-5, "train.beta1": 0.9, "train.beta2": 0.95, "data.seq_len": 4096,
       "tokens_per_step": 2**24}),
     (["recipe=sft_reasoning", *PAPER],
      {"train.lr": 2e-5, "train.min_lr": 2e-6, "train.warmup_steps": 200, "train.epochs": 10, "train.weight_decay": 0.1,
-      "train.clip_norm": 1.0, "data.seq_len": 32768, "data.dress": "reasoning", "init_from": "pretrain",
+      "train.clip_norm": 1.0, "data.seq_len": 32768, "data.dress": "reasoning", "init_from": "pretrain_annealing_32k",
       "tokens_per_step": 2**22}),
     (["recipe=sft_fast", *PAPER],
      {"train.lr": 1e-5, "train.min_lr": 1e-6, "train.epochs": 10, "train.weight_decay": 0.1, "train.clip_norm": 1.0,

@@ -95,7 +95,7 @@ def test_a_changed_loss_reuses_the_answers_and_their_annotations(copy):
 
 
 # The other recipes run in README's commands and in the tests below.
-@pytest.mark.parametrize("name", ["kd_teacher", "pretrain", "sft_reasoning_no_cot"])
+@pytest.mark.parametrize("name", ["kd_teacher", "sft_reasoning_no_cot"])
 def test_a_recipe_runs(copy, name):
     assert f"{name}: done" in _run(copy, f"recipe={name}")
     assert json.loads((_only(copy, f"runs/{name}-smoke-*") / "done.json").read_text())["step"] == 6

@@ -11,7 +11,7 @@ import pytest
 README = Path(__file__).resolve().parents[1] / "README.md"
 # What README's first screen says to type is proved by installing: make run, make test and pip's lines.
 INSTALLS = ("make ", "pip ", "pytest")
-TRAINS = ("mindpangu.train", "mindpangu.rollout", "mindpangu.annotate")
+TRAINS = ("mindpangu.train", "mindpangu.curate", "mindpangu.rollout", "mindpangu.annotate")
 
 
 def _commands():

@@ -1,15 +1,18 @@
 """python -m mindpangu.tools.bench_curate FOLDER [name ...]: curation against named peers, in CPU seconds.
 
 FOLDER holds public benchmark files: bbh, gsm8k, humaneval, ifeval, math500, mbpp, mmlu, winogrande. Prints a line per
-row; zip_in_full, a quarter of an hour, only when named.
+row and writes bench_data.json; zip_in_full, a quarter of an hour, only when named. Peers: pip install mindpangu[bench].
 """
 
-import csv
-import gzip
+import collections
 import json
 import lzma
+import os
 import random
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -17,8 +20,10 @@ from pathlib import Path
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from mindpangu.data.decontaminate import CONTAINED_WORDS, Item, find_items, index_items
+from mindpangu.benchmarks.items import list_items
+from mindpangu.data.decontaminate import CONTAINED_WORDS, find_items, index_items
 from mindpangu.data.dedup import near_duplicates, shingle
+from mindpangu.data.pack import pack_best_fit
 from mindpangu.data.words import hash_words
 from mindpangu.data.zip_selection import select
 
@@ -124,30 +129,9 @@ def components(pairs, num_documents):
     return connected_components(edges, directed=False)[1]
 
 
-def benchmark_items(folder):
-    """The questions of the benchmark files in folder, as Items."""
-    folder = Path(folder)
-    items = []
-    files = (("gsm8k", "test.jsonl", "question"), ("mbpp", "mbpp.jsonl", "text"),
-             ("ifeval", "input_data.jsonl", "prompt"), ("math500", "math500.jsonl", "prompt"),
-             ("humaneval", "HumanEval.jsonl.gz", "prompt"), ("winogrande", "dev.jsonl", "sentence"))
-    for name, file, key in files:
-        data = (folder / name / file).read_bytes()
-        lines = (gzip.decompress(data) if file.endswith(".gz") else data).decode().splitlines()
-        items += [Item(name, str(number), json.loads(line)[key]) for number, line in enumerate(lines, 1) if line]
-    for path in sorted(folder.glob("bbh/bbh/*.json")):
-        for number, example in enumerate(json.loads(path.read_text("utf-8"))["examples"]):
-            items.append(Item("bbh", f"{path.stem} {number}", example["input"]))
-    for path in sorted(folder.glob("mmlu/test/*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            for number, record in enumerate(csv.DictReader(file)):
-                items.append(Item("mmlu", f"{path.stem} {number}", record["question"]))
-    return [item for item in items if item.text.strip()]
-
-
 def bench_decontamination(folder):
     """50k short documents against all benchmark files; then every item of 8 or more words put into one of them."""
-    items, documents = benchmark_items(folder), short_documents(folder, 50_000)
+    items, documents = list_items(folder)[0], short_documents(folder, 50_000)
     began = time.process_time()
     index = index_items(items)
     building = time.process_time() - began
@@ -231,7 +215,7 @@ def _bench_zip_quality(folder):
     for line in Path(folder, "mbpp", "mbpp.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         documents.append(f"{record['text']}\n{record['code']}")
-    documents += [item.text for item in benchmark_items(folder) if item.benchmark in ("mmlu", "ifeval", "math500")]
+    documents += [item.text for item in list_items(folder)[0] if item.benchmark in ("mmlu", "ifeval", "math500")]
     partners_D = near_duplicates(documents).partners_D
     documents = [document for d, document in enumerate(documents) if partners_D[d] == d]
     picked = ["\n".join(documents[n] for n in select(documents, 1000, engine, 5000, 200, 100)).encode()
@@ -253,18 +237,150 @@ def bench_zip_in_full(folder):
             Row("ZIP, zlib_exact, order as published", "equal", [float(same)], wanted=1)]
 
 
+def trl_best_fit(lengths_N, capacity):
+    """Number of rows of best-fit decreasing as TRL packs (strategy "bfd"): its segment tree, and the loop around it."""
+    from trl.data_utils import _SegmentTree
+
+    tree, rows_with, rows = _SegmentTree(capacity), collections.defaultdict(collections.deque), []
+    tree.add(capacity)
+    order_N = np.argsort(-lengths_N, kind="stable")
+    for length, sample in zip(lengths_N[order_N], order_N, strict=True):
+        room = tree.search(length)
+        if room < capacity:
+            row = rows_with[room].popleft()
+        else:
+            row = {"samples": [], "length": 0}
+            rows.append(row)
+        row["samples"].append(sample)
+        row["length"] += length
+        if room < capacity and not rows_with[room]:
+            tree.remove(room)
+        rows_with[room - length].append(row)
+        if room > length:
+            tree.add(room - length)
+    return len(rows)
+
+
+def bench_packing(folder):
+    """A million lengths into rows of 32768: three of reasoning (median 2981 tokens) for one of the others (330)."""
+    rng, count = np.random.default_rng(0), 1_000_000
+    lengths = [rng.lognormal(8.0, 0.9, 3 * count // 4), rng.lognormal(5.8, 1.0, count // 4)]
+    lengths_N = np.clip(np.concatenate(lengths), 16, 32768).astype(np.int64)
+    rng.shuffle(lengths_N)
+    num_rows = []
+    ours, theirs = alternate(lambda: num_rows.append(pack_best_fit(lengths_N, 32768)[1].size - 1),
+                             lambda: trl_best_fit(lengths_N, 32768), 1, time.process_time)
+    for _ in range(2):
+        began = time.process_time()
+        pack_best_fit(lengths_N, 32768)
+        ours.append(time.process_time() - began)
+    least = -(-int(lengths_N.sum()) // 32768)
+    return [Row("packing, 1M lengths at 32K, 3:1", "samples/s", rates(count, ours), "TRL, bfd", rates(count, theirs),
+                5),
+            Row(f"packing, the least number of rows ({least}) over those used", "ratio", [least / num_rows[0]],
+                wanted=1)]
+
+
+def _pipeline(sources, folder, *more):
+    """Runs the command in a process of its own; returns (wall seconds, summary.json)."""
+    command = [sys.executable, "-m", "mindpangu.curate", "recipe=curate", f"run.root={folder}/runs",
+               f"run.dir={folder}/run", f"curate.sources={json.dumps(sources)}", *more]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return time.perf_counter() - began, json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
+
+
+def bench_pipeline(folder):
+    """The whole command on 50k short documents with replies: every stage, ZIP of 1000, tokens, rows, report."""
+    documents = short_documents(folder, 50_000)
+    rng, answers = random.Random(1), [record["answer"] for record in gsm8k(folder)]
+    seconds = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as aside:
+            path = Path(aside, "chats.jsonl")
+            with open(path, "w", encoding="utf-8") as file:
+                for document in documents:
+                    file.write(json.dumps({"question": document, "answer": rng.choice(answers)}) + "\n")
+            elapsed, summary = _pipeline([{"name": "short", "paths": [str(path)]}], aside,
+                                         f"curate.decontaminate.benchmarks_dir={folder}", "curate.zip.budget=1000",
+                                         "data.seq_len=1024")
+            seconds.append(elapsed)
+    stages = ", ".join(f"{stage['name']} {stage['in']} -> {stage['out']}" for stage in summary["stages"])
+    print(f"  {stages}")
+    return [Row("whole pipeline, 50k documents, 2 processes, wall time from start to end", "documents/s",
+                rates(50_000, seconds), wanted=3000)]
+
+
+def bench_memory(folder, num_bytes=1 << 30):
+    """1 GB of JSONL through every stage but the choice by ZIP; the most that all processes hold at a time."""
+    questions, rng = [record["question"] for record in gsm8k(folder)], random.Random(0)
+    vocabulary = sorted({word for question in questions for word in question.split()})
+    with tempfile.TemporaryDirectory() as aside:
+        path, count = Path(aside, "chats.jsonl"), 0
+        with open(path, "w", encoding="utf-8") as file:
+            while file.tell() < num_bytes:
+                words = [word for _ in range(3) for word in rng.choice(questions).split()]
+                words = [word if rng.random() < 0.7 else rng.choice(vocabulary) for word in words]
+                file.write(json.dumps({"question": " ".join(words), "answer": " ".join(words[::-1])}) + "\n")
+                count += 1
+        peak, stop = [0], threading.Event()
+        watcher = threading.Thread(target=_watch, args=(peak, stop))
+        watcher.start()
+        try:
+            elapsed, summary = _pipeline([{"name": "big", "paths": [str(path)]}], aside,
+                                         f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=4096")
+        finally:
+            stop.set()
+            watcher.join()
+    return [Row(f"1 GB of {count} documents through the pipeline, memory of all its processes", "GiB",
+                [peak[0] / 2**30], "2 GiB", [2.0], 1),
+            Row("1 GB through the pipeline", "documents/s", rates(count, [elapsed]))]
+
+
+def _watch(peak, stop):
+    """Every half second the memory of this process's descendants, each page counted once; peak[0]: the most."""
+    while not stop.wait(0.5):
+        parents = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                pass
+        family, total = {os.getpid()}, 0
+        while more := {pid for pid, parent in parents.items() if parent in family} - family:
+            family |= more
+        for pid in family - {os.getpid()}:
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            except OSError:
+                pass
+        peak[0] = max(peak[0], total)
+
+
 BENCHMARKS = {"near_duplicates": bench_near_duplicates, "decontamination": bench_decontamination, "zip": bench_zip,
+              "packing": bench_packing, "pipeline": bench_pipeline, "memory": bench_memory,
               "zip_in_full": bench_zip_in_full}
 
 
 def main(folder, *names):
+    unknown = set(names) - BENCHMARKS.keys()
+    if unknown or not Path(folder, "gsm8k").is_dir():
+        raise SystemExit(f"usage: python -m mindpangu.tools.bench_curate FOLDER [{' | '.join(BENCHMARKS)} ...]; FOLDER "
+                         "has the benchmarks' files, gsm8k/train.jsonl among them")
+    records = []
     for name in names or [name for name in BENCHMARKS if name != "zip_in_full"]:
         for row in BENCHMARKS[name](folder):
             better = ratio(row) if row.peer else row.ours[0]
-            met = "" if row.wanted is None else "met" if better >= row.wanted else "MISSED"
+            met = None if row.wanted is None else better >= row.wanted
             peer = f"{np.median(row.peer):.6g}" if row.peer else "-"
             print(f"{row.name:85} {np.median(row.ours):>12.6g} {peer:>12} {row.unit:12} {better:>8.4g} "
-                  f"{row.wanted or '':>6} {met}", flush=True)
+                  f"{row.wanted or '':>6} {'' if met is None else 'met' if met else 'MISSED'}", flush=True)
+            records.append({"name": row.name, "unit": row.unit, "ours": row.ours, "reference": row.peer_name,
+                            "reference_values": list(row.peer), "ratio": better, "wanted": row.wanted, "met": met})
+        Path("bench_data.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

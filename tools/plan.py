@@ -63,8 +63,8 @@ class Stage(NamedTuple):
 STAGES = {
     "pretrain_general_4k": Stage(4096, 2**24, 4e12, "P1 2.2, 4.1.1"),
     "pretrain_general_8k": Stage(8192, 2**24, 4e12, "P1 2.2, 4.1.1"),
-    "pretrain_reasoning": Stage(8192, 2**24, 1.5e12, "P1 2.2, 4.1.1"),
-    "annealing": Stage(32768, 2**24, 0.9e12, "P1 2.2, 4.1.1"),
+    "pretrain_reasoning_8k": Stage(8192, 2**24, 1.5e12, "P1 2.2, 4.1.1"),
+    "pretrain_annealing_32k": Stage(32768, 2**24, 0.9e12, "P1 2.2, 4.1.1"),
     "sft_reasoning": Stage(32768, 2**22, 0, "P1 4.1.2; 10 epochs of data whose size is not in the paper"),
     "sft_fast": Stage(32768, 2**21, 0, "P1 4.1.2; the same"),
     "kd_student": Stage(32768, 2**21, 0, "the batch, that of sft_fast, is not in the papers; without the teacher"),

@@ -617,7 +617,7 @@ def draw_report(runs):
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
-<style>{_STYLE}</style></head><body>
+<style>{STYLE}</style></head><body>
 <h1>mindpangu <span>{heading}</span></h1>
 {f"<nav>{legend}</nav>" if len(runs) > 1 else ""}
 <h2>Results</h2>
@@ -659,7 +659,7 @@ def _legend_entry(i, run, differing):
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with every common colour blindness; black and blue are
 # lighter on a dark page, yellow is left out because it vanishes on a light one.
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--page:#fff;--card:#f7f7f8;--ink:#1d1f22;--soft:#61666d;--rule:#dfe1e4;--mark:#fff3cf;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#c9619b;--c4:#e69f00;--c5:#56b4e9;--c6:#3c3f44;--right:#00795a;--wrong:#b84f00}
 @media(prefers-color-scheme:dark){:root{--page:#16181b;--card:#1e2125;--ink:#e6e7e9;--soft:#9ba1a9;--rule:#363b41;

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from mindpangu.data.documents import dress_example
+from mindpangu.data.documents import dress_example, to_chat
 
 MAX_VALUE = 99
 MAX_START = 50
@@ -185,9 +185,7 @@ def main():
         problems = make_problems(arguments.num_problems, arguments.seed, arguments.split, arguments.language)
         with open(arguments.file, "w", encoding="utf-8") as file:
             for problem in problems:
-                messages = [{"role": "user", "content": problem.question},
-                            {"role": "assistant", "content": problem.answer, "reasoning_content": problem.thoughts}]
-                file.write(json.dumps({"messages": messages, "value": problem.value}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(to_chat(to_example(problem, "reasoning")), ensure_ascii=False) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{arguments.file}: {len(problems)} problems")

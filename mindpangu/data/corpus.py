@@ -28,6 +28,10 @@ def load_corpus(data):
         train = make_problems(data.num_examples, data.seed, "train", data.language)
         heldout = make_problems(data.num_heldout, data.seed, "heldout", data.language)
         return Corpus([to_example(p, _dress(data)) for p in train], [to_example(p, _dress(data)) for p in heldout], [])
+    if data.source == "packed":
+        heldout = data.heldout or [str(Path(data.train[0], "heldout.jsonl"))]
+        found, skipped = read_documents(heldout) if data.dress == "text" else read_chats(heldout, data.on_error)
+        return Corpus([], found[:data.num_heldout], skipped)
     for path in [*data.train, *data.heldout]:
         if not Path(path).is_file():
             raise ValueError(f"data.train or data.heldout: no file {path}.")
@@ -48,13 +52,25 @@ def load_corpus(data):
 
 
 def file_digests(data):
-    """{path: xxh3_128 of its bytes} of all files of a DataConfig: what a run's key depends on."""
+    """{path: digest} of all files of a DataConfig: what a run's key depends on."""
+    train = data.train
+    if data.source == "packed":  # the manifest has the digests of the shards
+        train = [str(Path(folder, name)) for folder in train for name in ("manifest.json", "heldout.jsonl")]
+    return digest_files([*train, *data.heldout, *([data.tokenizer] if data.tokenizer else [])])
+
+
+def digest_files(paths):
+    """{path: xxh3_128 of its bytes}."""
     digests = {}
-    for path in [*data.train, *data.heldout, *([data.tokenizer] if data.tokenizer else [])]:
+    for path in paths:
+        digest = xxhash.xxh3_128()
         try:
-            digests[str(path)] = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
         except OSError as error:
             raise ValueError(f"data: cannot read {path}: {error.strerror}.") from error
+        digests[str(path)] = digest.hexdigest()
     return digests
 
 

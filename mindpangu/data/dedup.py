@@ -86,7 +86,7 @@ def near_duplicates(documents, quality_D=None, threshold=0.7, num_permutations=1
             starts = np.cumsum(sizes) - sizes
             for left_Q, right_Q, similarities_Q in pairs(sets, members, starts, sizes, threshold):
                 linked = similarities_Q >= threshold
-                components_K = _join(components_K, left_Q[linked], right_Q[linked])
+                components_K = join(components_K, left_Q[linked], right_Q[linked])
 
     partners_D, scores_D = np.arange(num_documents), np.ones(num_documents)
     best_first = np.lexsort((candidates_K, -quality_D[candidates_K], components_K))
@@ -165,21 +165,44 @@ def shared_bands(signatures_PD, band_size):
     and are in ascending order. Other documents share it by chance for 1 in 2^64 pairs. Documents without shingles
     have no band.
     """
-    signed_D = np.flatnonzero((signatures_PD != np.iinfo(np.uint32).max).any(0))
+    signed_D = signed(signatures_PD)
+    for keys_D in band_keys(signatures_PD, band_size):
+        members, starts = equal_keys(keys_D[signed_D])
+        yield signed_D[members], starts
+
+
+def signed(signatures_PD):
+    """int64: the documents that have shingles."""
+    return np.flatnonzero((signatures_PD != np.iinfo(np.uint32).max).any(0))
+
+
+def band_keys(signatures_PD, band_size):
+    """Yields uint64 [D] for each band: a hash of band_size MinHash values."""
     factors_R = np.random.PCG64(0).random_raw(band_size) | np.uint64(1)
-    num_bits = max(8, (16 * signed_D.size).bit_length())
     for first in range(0, len(signatures_PD), band_size):
-        keys = np.zeros(signed_D.size, np.uint64)
+        keys_D = np.zeros(signatures_PD.shape[1], np.uint64)
         for row, factor in zip(signatures_PD[first : first + band_size], factors_R, strict=True):
-            keys += row[signed_D] * factor
-        # Counting the upper bits finds nearly all that are alone at a tenth of what sorting all keys takes.
-        slots = (keys >> np.uint64(64 - num_bits)).astype(np.int64)
-        crowded = np.flatnonzero(np.bincount(slots, minlength=1 << num_bits)[slots] > 1)
-        crowded = crowded[np.argsort(keys[crowded], kind="stable")]
-        same = keys[crowded[1:]] == keys[crowded[:-1]]
-        together = np.append(same, False) | np.append(False, same) if crowded.size else np.zeros(0, bool)
-        begins = np.append(True, ~same)[together] if crowded.size else np.zeros(0, bool)
-        yield signed_D[crowded[together]], np.flatnonzero(begins)
+            keys_D += row * factor
+        yield keys_D
+
+
+def equal_keys(keys_D):
+    """(members, starts) as `shared_bands` yields, of the documents whose key another one has."""
+    # Counting the upper bits finds nearly all that are alone at a tenth of what sorting all keys takes.
+    num_bits = max(8, (16 * keys_D.size).bit_length())
+    slots = (keys_D >> np.uint64(64 - num_bits)).astype(np.int64)
+    crowded = np.flatnonzero(np.bincount(slots, minlength=1 << num_bits)[slots] > 1)
+    crowded = crowded[np.argsort(keys_D[crowded], kind="stable")]
+    same = keys_D[crowded[1:]] == keys_D[crowded[:-1]]
+    together = np.append(same, False) | np.append(False, same) if crowded.size else np.zeros(0, bool)
+    begins = np.append(True, ~same)[together] if crowded.size else np.zeros(0, bool)
+    return crowded[together], np.flatnonzero(begins)
+
+
+def link_runs(components_D, members, starts):
+    """components_D, the least member of each document's component, with each run of members made one component."""
+    sizes = np.diff(np.append(starts, members.size))
+    return join(components_D, np.repeat(members[starts], sizes - 1), members[ranges(starts + 1, sizes - 1)])
 
 
 class _Sets(NamedTuple):
@@ -263,7 +286,7 @@ def _similarities(sets, members_M):
         yield first, counts_RM / (sizes_M[first : first + num_rows, None] + sizes_M - counts_RM)
 
 
-def _join(components_K, left_Q, right_Q):
+def join(components_K, left_Q, right_Q):
     """components_K with the components of each pair made one, named by its least member."""
     components_K = components_K.copy()
     while True:

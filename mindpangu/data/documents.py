@@ -84,6 +84,55 @@ def read_documents(paths, on_error="raise"):
     return _read_records(paths, lambda fields: text_field(fields, "text"), on_error)
 
 
+def to_example(record, dress, fields=()):
+    """The Example of a record that a source of any form has: chats, GSM8K's, {"prompt", "answer"}, {"instruction",
+    "input", "output"}; or with fields: keys whose values are the prompt, the last one the reply.
+
+    Raises ValueError for a record without a reply to learn, such as plain text.
+    """
+    check_dress(dress)
+    if fields and tuple(fields) != ("messages",):
+        if len(fields) < 2:
+            raise ValueError(f"fields={list(fields)}: expected those of the prompt, then that of the reply")
+        return _example([_plain(record, key) for key in fields[:-1]], _plain(record, fields[-1]))
+    if "messages" in record:
+        return _parse_chat(record)
+    if "question" in record and "answer" in record:
+        if isinstance(record["answer"], str) and "####" in record["answer"]:
+            return _parse_gsm8k(record, dress)
+        return _example([_plain(record, "question")], _plain(record, "answer"))
+    if "prompt" in record and record.get("answer") is not None:
+        value = _plain(record, "answer")
+        return _example([_plain(record, "prompt")], value)._replace(value=value)
+    if "instruction" in record and "output" in record:
+        prompt = [_plain(record, "instruction"), _plain(record, "input") if record.get("input") else ""]
+        return _example(prompt, _plain(record, "output"))
+    raise ValueError(f"keys {shown(sorted(record))}: no reply to learn")
+
+
+def to_chat(example):
+    """The record that `read_chats` reads as this Example."""
+    messages = [{"role": message.role, "content": message.content} |
+                ({"reasoning_content": message.thoughts} if message.thoughts else {}) for message in example.messages]
+    return {"messages": messages} | ({"value": example.value} if example.value is not None else {})
+
+
+def _example(prompt, reply):
+    if not reply.strip():
+        raise ValueError("the reply is empty: expected some text")
+    return Example((Message("user", "\n".join(filter(None, prompt))), Message("assistant", reply)))
+
+
+def _plain(record, key):
+    """The value of a key as text: numbers are, and the lines of a list."""
+    value = record.get(key)
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return text_field({key: value}, key, empty=True)
+
+
 def check_dress(dress):
     if dress not in ("reasoning", "fast", "result"):
         raise ValueError(f"dress={dress!r} is unknown: choose 'reasoning', 'fast' or 'result'.")

@@ -1,6 +1,7 @@
 """Mixture: which sample of which source comes when, so that every stretch of the data has the wanted shares."""
 
 # N samples of a source, M samples of the mixture
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +43,10 @@ class MixedSource(NamedTuple):
 class Mixture:
     """An iterator over (source, sample), indices both; its place is an integer.
 
-    size: samples or tokens, as unit says; a mixture of tokens may lack up to a sample of each source. None: as many as
-    max_epochs allow. ratio: {group: weight}, for example {"reasoning": 3, "other": 1}; None: the sources' weights are
-    of the whole. seed: the order within each source, which depends on nothing else but its name and size.
+    size: samples or tokens, as unit says; a mixture of tokens may lack up to a sample of each source. None: what it
+    takes to see every sample, or as many as max_epochs allow. ratio: {group: weight}, for example {"reasoning": 3,
+    "other": 1}; None: the sources' weights are of the whole. seed: the order within each source, which depends on
+    nothing else but its name and size.
 
     Of any samples in a row, those of a source of share w, of S sources, are within 2 + S w samples of the wanted
     number; with unit="tokens" within 2 L + w (sum of L) tokens of it, L the longest sample of each source.
@@ -102,6 +104,56 @@ class Mixture:
                 "or start again."
             )
         self._place = state["place"]
+
+
+class OrderedMixture(NamedTuple):
+    """order_M: int64, of each sample of the mixture its place among all samples. report: a MixedSource per category.
+    missing: categories and groups that have a weight and no sample, left out."""
+
+    order_M: np.ndarray
+    report: list
+    missing: list
+
+
+def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed):
+    """The OrderedMixture of N samples of many categories, as a MixConfig says.
+
+    categories_N: a name for each. lengths_N: their tokens. difficulty_N: labels, not a number where unknown, which
+    count as the middle. size: samples or tokens, as mix.unit says; None: as Mixture.
+    Raises ValueError as Mixture, and for weights of categories without a sample and categories without a weight.
+    """
+    names = sorted(set(categories_N))
+    place = {name: p for p, name in enumerate(names)}
+    category_N = np.array([place[name] for name in categories_N], np.int64)
+    members = [np.flatnonzero(category_N == p) for p in range(len(names))]
+    group_of = {category: group for group, categories in mix.groups.items() for category in categories}
+    groups = {name: group_of.get(name, "other") for name in names}
+    missing = [name for name in mix.weights if name not in place]
+    missing += [f"group {group}" for group in mix.ratio if group not in groups.values()]
+    if missing and mix.on_missing == "raise":
+        raise ValueError(f"mix has a share of {', '.join(missing)}, of which there is no sample; there are "
+                         f"{', '.join(names)}: add a source of that category, or set mix.on_missing=renormalise.")
+    unweighted = [name for name in names if mix.weights and name not in mix.weights]
+    if unweighted:
+        raise ValueError(f"mix.weights has none of category {', '.join(unweighted)}: give it a weight, or leave its "
+                         "source out.")
+    unlisted = sorted({groups[name] for name in names} - mix.ratio.keys()) if mix.ratio else []
+    if unlisted:
+        raise ValueError(f"mix.ratio has nothing of group {', '.join(unlisted)}: give it a weight, or put its "
+                         "categories into another group in mix.groups.")
+    known = np.isfinite(difficulty_N)
+    labels_N = np.where(known, difficulty_N, np.median(difficulty_N[known]) if known.any() else 0.0)
+    sources = [
+        MixtureSource(name, own.size, lengths_N[own], mix.weights.get(name), groups[name], mix.max_epochs,
+                      labels_N[own] if name in mix.curriculum or groups[name] in mix.curriculum else None)
+        for name, own in zip(names, members, strict=True)]
+    ratio = {group: weight for group, weight in mix.ratio.items() if group in groups.values()} or None
+    mixture = Mixture(sources, size, mix.unit, ratio, seed)
+    order_M = np.empty(len(mixture), np.int64)
+    for p, own in enumerate(members):
+        here = mixture.source_M == p
+        order_M[here] = own[mixture.sample_M[here]]
+    return OrderedMixture(order_M, mixture.report, missing)
 
 
 def _lengths(source, unit):
@@ -169,7 +221,9 @@ def _size(sources, shares, lengths, size, unit):
     largest = [limit / share for limit, share in zip(limits, shares, strict=True)]
     tightest = int(np.argmin(largest))
     most = int(largest[tightest] * (1 + 1e-12))
-    size = most if size is None else size
+    if size is None:
+        all_once = max(lengths_N.sum() / share for lengths_N, share in zip(lengths, shares, strict=True))
+        size = min(most, math.ceil(all_once * (1 - 1e-12)))
     if not 1 <= size <= most:
         source = sources[tightest]
         if size > most:

@@ -16,6 +16,7 @@ reading any.
 
 # N samples, R rows, A micro-batches per step
 import contextlib
+import functools
 import multiprocessing
 import os
 from pathlib import Path
@@ -33,9 +34,8 @@ from mindpangu.data.batches import (
     tokenized_to_samples,
 )
 from mindpangu.data.pack import pack_best_fit
+from mindpangu.data.parallel import map_pieces, worker_processes
 from mindpangu.data.shards import ShardFolder, write_shard
-
-_job = None  # in a worker process: what `_start_worker` was given
 
 
 class ShardCounts(NamedTuple):
@@ -78,8 +78,9 @@ def write_packed(folder, num_samples, tokenize, *, seq_len, pad_id, samples_per_
     missing = shards.missing()
     num_done = shards.num_shards - len(missing)
     job = (str(folder), tokenize, num_samples, seq_len, samples_per_shard, on_long)
-    with _writing(job, min(num_processes, len(missing))) as write:
-        for i, file, digest, counts in write(missing):
+    num_processes = min(num_processes, len(missing))
+    with worker_processes(num_processes) if num_processes > 1 else contextlib.nullcontext() as workers:
+        for i, file, digest, counts in map_pieces(workers, functools.partial(_write, job), missing, num_processes):
             shards.take_file(i, file, digest, **counts._asdict())
             num_done += 1
             if on_progress:
@@ -232,25 +233,6 @@ def _runs(values):
     """[(begin, end)] of equal values in a row."""
     ends = np.flatnonzero(np.diff(values)) + 1
     return list(zip([0, *ends.tolist()], [*ends.tolist(), len(values)], strict=True))
-
-
-@contextlib.contextmanager
-def _writing(job, num_processes):
-    """A function numbers -> iterator of (number, file, digest, ShardCounts) that works in num_processes processes."""
-    if num_processes <= 1:
-        yield lambda numbers: (_write(job, i) for i in numbers)
-    else:
-        with multiprocessing.get_context("spawn").Pool(num_processes, _start_worker, (job,)) as pool:
-            yield lambda numbers: pool.imap_unordered(_work, numbers)
-
-
-def _start_worker(job):
-    global _job
-    _job = job
-
-
-def _work(i):
-    return _write(_job, i)
 
 
 def _write(job, i):

@@ -4,12 +4,13 @@
 import contextlib
 import functools
 import math
-import multiprocessing
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
+
+from .parallel import worker_processes
 
 ENGINES = ("zlib_exact", "zstd")
 # The level of the zstd engine, and the most of a history that it refers to: 2^27 bytes, its decoder's default limit.
@@ -32,6 +33,9 @@ class State(NamedTuple):
 def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N=None, compat=None, num_processes=1,
            state=None, save=None):
     """Indices int64 [min(budget, N)] of the documents selected, in order; each at most once.
+
+    documents: strings; or a sequence of UTF-8 bytes, which are read when they are needed, and which a process of its
+    own gets pickled.
 
     Rounds until the budget is reached: of the K1 documents that last compressed worst, those K2 that compress worst
     with all that is selected, and of these greedily K3. "Worst" is the lowest ratio of plain to compressed bytes of
@@ -67,8 +71,10 @@ def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N
         make, select_round = functools.partial(_Deflate, as_list=compat == "repr"), _exact_round
     else:
         make, select_round = _Zstandard, _zstd_round
-    strings = map(repr, documents) if compat == "repr" else documents
-    texts = [string.encode("utf-8", "surrogatepass") for string in strings]
+    texts = documents
+    if compat == "repr" or not (len(documents) and isinstance(documents[0], bytes)):
+        strings = map(repr, documents) if compat == "repr" else documents
+        texts = [string.encode("utf-8", "surrogatepass") for string in strings]
     lengths_N = np.array([len(text) for text in texts], np.int64)
     with _scoring(make, texts, num_processes) as score:
         if state is None:
@@ -220,13 +226,13 @@ def _scoring(make, texts, num_processes):
     if num_processes == 1:
         yield lambda history, candidates: np.array(scorer.score(history.tolist(), candidates.tolist()), np.float64)
         return
-    with multiprocessing.get_context("spawn").Pool(num_processes, _start_worker, (make, texts)) as pool:
+    with worker_processes(num_processes, _start_worker, (make, texts)) as pool:
 
         def score(history, candidates):
             if candidates.size < 4 * num_processes:  # handing over takes longer
                 return np.array(scorer.score(history.tolist(), candidates.tolist()), np.float64)
-            parts = [(history.tolist(), part.tolist()) for part in np.array_split(candidates, num_processes)]
-            return np.concatenate(pool.starmap(_work, parts, chunksize=1))
+            parts = [part.tolist() for part in np.array_split(candidates, num_processes)]
+            return np.concatenate(list(pool.map(_work, [history.tolist()] * num_processes, parts)))
 
         yield score
 

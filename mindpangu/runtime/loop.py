@@ -144,8 +144,22 @@ class Loop:
         state = checkpoints.read_state(newest)
         load_model(newest)
         self.optimizer.take_weights()
+        self._load_optimizer(newest)
+        self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
+        self.num_updates = state["num_updates"]
+        self.seconds_before = state["seconds"]
+        self.metrics_file.keep_until(self.step)
+        say(f"resuming at step {self.step} of {self.num_steps} from {newest}")
+        return state["state"]
+
+    def continue_optimizer(self, checkpoint):
+        """Start with the optimizer's state in a checkpoint of another run, the phase before this one."""
+        self._load_optimizer(checkpoint)
+        self.num_updates = checkpoints.read_state(checkpoint)["num_updates"]
+
+    def _load_optimizer(self, checkpoint):
         sizes = {f"{kind}.{p.name}": p.size for kind in ("m", "v") for p in self.parameters}
-        arrays = checkpoints.load_optimizer(newest, sizes, *self.part)
+        arrays = checkpoints.load_optimizer(checkpoint, sizes, *self.part)
         for parameter in self.optimizer_parameters():
             # Assigned in place: Parameter.set_data swaps the buffer, and a graph that is compiled keeps the former one.
             array = Tensor(arrays[parameter.name].reshape(parameter.shape))
@@ -153,12 +167,6 @@ class Loop:
                 ops.assign(parameter, array)
             else:  # the CPU backend assigns no bfloat16: before the first step set_data will do
                 parameter.set_data(ops.cast(array, parameter.dtype))
-        self.step, self.best, self.num_tokens = state["step"], state["best"], state["num_tokens"]
-        self.num_updates = state["num_updates"]
-        self.seconds_before = state["seconds"]
-        self.metrics_file.keep_until(self.step)
-        say(f"resuming at step {self.step} of {self.num_steps} from {newest}")
-        return state["state"]
 
     def save(self, state):
         """Write a checkpoint of this moment. state: JSON-able, given back by `resume`."""

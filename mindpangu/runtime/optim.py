@@ -12,8 +12,10 @@ from .distributed import chunk_of
 def learning_rate(step, num_steps, train):
     """Learning rate of optimizer step `step` (0-based): linear warm-up, then a cosine from train.lr to train.min_lr.
 
-    The cosine ends at train.decay_steps, or with the run where that is 0; train.min_lr stays after it.
+    The cosine ends at train.decay_steps, or with the run where that is 0; train.min_lr stays after it. A run that is a
+    later phase begins at train.first_step of the schedule.
     """
+    step += train.first_step
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     progress = (step - train.warmup_steps) / max(1, (train.decay_steps or num_steps) - train.warmup_steps)

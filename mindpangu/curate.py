@@ -1,0 +1,585 @@
+"""Curate raw sources to packed training data: python -m mindpangu.curate recipe=curate 'curate.sources=[...]'
+
+    read -> exact_duplicates -> attributes -> benchmarks -> near_duplicates -> zip -> tokenize -> mix -> rows
+
+The stages are functions from Documents to Findings: what is to be dropped, and why. run.root/documents-<key> holds what
+was read and what each stage found, under a key of all that it depends on: a changed setting repeats only what comes
+after it, and a killed run goes on. The run folder gets
+
+    curated.jsonl   the documents that are left, as conversations, which data=chats reads, or as plain documents
+    dropped/*.jsonl the others: stage, reason, score, partner, where they came from, and the record
+    rows/           the mixture, tokenized and packed: data.source=packed data.train=[<folder>/rows]
+    report.html, summary.json
+
+Imports no MindSpore.
+"""
+
+import functools
+import json
+import pickle
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from omegaconf import OmegaConf
+
+from .benchmarks.items import list_items
+from .config import as_dict
+from .data.arithmetic import make_problems
+from .data.arithmetic import to_example as problem_to_example
+from .data.chat import Tokenized, encode_chat, template_digest
+from .data.corpus import digest_files
+from .data.decontaminate import Item, find_items, index_items
+from .data.dedup import near_duplicates
+from .data.documents import to_chat, to_example
+from .data.engine import Local, cut
+from .data.mixture import mix_samples
+from .data.packed_shards import write_packed
+from .data.pool import Pool, TextBytes, json_line, write_pool
+from .data.shards import open_aside, read_shard, write_aside, write_shard
+from .data.sources import Source, list_files, read_sources
+from .data.tokenizer import Tokenizer
+from .data.zip_selection import State, select
+from .pipeline import built_tokenizer, entry_point, make_key, require_alone
+from .runtime.checkpoint import lock_folder, write_atomic
+from .runtime.device import num_usable_cores
+from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
+
+_LINKED_CHARS = 1 << 26  # of documents that bands link, compared with each other at a time; a larger group is one
+_SAVE_EVERY_S = 30.0  # of what a selection has so far
+
+
+class Documents(NamedTuple):
+    """Some documents of a pool. numbers: int64, rising."""
+
+    pool: Pool
+    numbers: np.ndarray
+
+
+class Finding(NamedTuple):
+    """What a stage found about a document. score: what it went by. partner: the document, by its number, or the
+    benchmark's item that stands against it. drop: False where it is only reported. details: JSON."""
+
+    document: int
+    reason: str
+    score: float | None = None
+    partner: int | str | None = None
+    drop: bool = True
+    details: dict | None = None
+
+
+# ---- The stages, in their order --------------------------------------------------------------------------------------
+
+def exact_duplicates(documents):
+    """Documents whose normalised text an earlier one has."""
+    pool, numbers = documents
+    keys_N2 = pool.keys_N2[numbers]
+    order = np.lexsort((numbers, keys_N2[:, 1], keys_N2[:, 0]))
+    ordered = keys_N2[order]
+    begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))
+    firsts = order[begins][np.cumsum(begins) - 1]
+    for place, first in sorted(zip(order[~begins].tolist(), firsts[~begins].tolist(), strict=True)):
+        yield Finding(int(numbers[place]), "exact_duplicate", 1.0, int(numbers[first]))
+
+
+def benchmarks(documents, items, action, engine, scratch, on_done):
+    """Documents that hold an item of a benchmark: 13 of its words in a row, or all of a shorter one."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_aside(scratch / "index", pickle.dumps(index_items(items)))
+    pieces, count = cut(documents), 0
+    for piece, hits in zip(pieces, engine.map(functools.partial(_hits, str(scratch / "index")), documents.pool, pieces),
+                           strict=True):
+        of_document = {}
+        for hit in hits:
+            of_document.setdefault(int(piece[hit.document]), []).append(hit)
+        for number, found in of_document.items():
+            longest = max(found, key=lambda hit: hit.end - hit.start)
+            share = (longest.end - longest.start) / max(1, int(documents.pool.char_counts_N[number]))
+            yield Finding(number, "benchmark_item", share, f"{longest.benchmark} {longest.item}", action == "drop",
+                          {"hits": [[hit.benchmark, hit.item, hit.start, hit.end] for hit in found]})
+        count += piece.size
+        on_done(count)
+
+
+def near_duplicates_of(documents, quality_N, settings, engine, scratch, on_done):
+    """All but the best document of each component of near-duplicates."""
+    links = engine.link(documents, settings, scratch, on_done)
+    # Documents that no band links are in different components: those that are linked fit in memory, some at a time.
+    order = np.argsort(links, kind="stable")
+    _, firsts, counts = np.unique(links[order], return_index=True, return_counts=True)
+    pieces, waiting, chars = [], [], 0
+    for first, count in zip(firsts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+        members = order[first : first + count]
+        waiting.append(members)
+        chars += int(documents.pool.char_counts_N[documents.numbers[members]].sum())
+        if chars > _LINKED_CHARS:
+            pieces.append(np.sort(np.concatenate(waiting)))
+            waiting, chars = [], 0
+    if waiting:
+        pieces.append(np.sort(np.concatenate(waiting)))
+    pieces = [(documents.numbers[places], quality_N[places]) for places in pieces]
+    found = engine.map(functools.partial(_near_duplicates, settings), documents.pool, pieces)
+    for (numbers, _), (partners, scores) in zip(pieces, found, strict=True):
+        for place in np.flatnonzero(partners != np.arange(partners.size)).tolist():
+            yield Finding(int(numbers[place]), "near_duplicate", float(scores[place]), int(numbers[partners[place]]))
+
+
+def zip_selection(documents, strata_N, settings, num_processes, scratch, on_done):
+    """Documents that are not among the settings' budget of those that repeat least."""
+    pool, numbers = documents
+    if not 0 < settings.budget < numbers.size:
+        return
+    path, state, saved = scratch.with_suffix(".shard"), None, time.monotonic()
+    if path.exists():
+        state = State(**read_shard(path))
+
+    def save(new_state):
+        nonlocal state, saved
+        state = new_state
+        on_done(min(settings.budget, state.selected.size))
+        if time.monotonic() - saved > _SAVE_EVERY_S:
+            write_shard(path, state._asdict())
+            saved = time.monotonic()
+
+    texts = TextBytes(pool, numbers)
+    if settings.compat == "repr":
+        texts = [pool.record(number) for number in numbers]
+    selected = select(texts, settings.budget, settings.engine, settings.k1, settings.k2, settings.k3, strata_N,
+                      settings.compat, num_processes, state, save)
+    for place in np.setdiff1d(np.arange(numbers.size), selected).tolist():
+        score = float(state.scores_N[place])
+        yield Finding(int(numbers[place]), "not_selected", score if np.isfinite(score) else None)
+
+
+def too_long_or_without_reply(documents, lengths_D, seq_len, is_text):
+    """Documents that are no sample to learn from: no reply, or, of conversations, more tokens than a row has."""
+    for number, length in zip(documents.numbers.tolist(), lengths_D.tolist(), strict=True):
+        if length == 0:
+            yield Finding(number, "no_reply")
+        elif length > seq_len and not is_text:
+            yield Finding(number, "too_many_tokens", float(length))
+
+
+def held_out(documents, count):
+    """Documents to validate on, at most a tenth: those with the lowest hashes, whatever their order."""
+    pool, numbers = documents
+    order = np.lexsort((pool.keys_N2[numbers, 1], pool.keys_N2[numbers, 0]))
+    for place in np.sort(order[: min(count, numbers.size // 10)]).tolist():
+        yield Finding(int(numbers[place]), "held_out")
+
+
+# ---- What the processes do -------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=1)
+def _index(path):
+    return pickle.loads(Path(path).read_bytes())
+
+
+def _hits(index, pool, numbers):
+    return find_items([pool.text(number) for number in numbers], _index(index))
+
+
+def _near_duplicates(settings, pool, piece):
+    numbers, quality = piece
+    return near_duplicates([pool.text(number) for number in numbers], quality, settings.threshold,
+                           settings.num_permutations, settings.band_size, settings.num_words)
+
+
+_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)
+
+
+def _tokenize(tokenizer_file, dress, folder, pool, piece):
+    """Writes the tokens of a piece of documents, unless they are there; returns their numbers, 0 without a reply."""
+    index, numbers = piece
+    path = Path(folder, f"{index:06d}.lengths.npy")
+    if path.exists():
+        return np.load(path)
+    tokenizer, tokens, is_target = _tokenizer(tokenizer_file), [], []
+    for number in numbers:
+        if dress == "text":
+            ids = [tokenizer.bos_id, *tokenizer.encode(pool.text(number)), tokenizer.turn_end_id]
+            sample = np.array(ids, np.int32), np.arange(len(ids)) > 0
+        else:
+            try:
+                example = to_example(pool.record(number), dress, pool.sources[pool.sources_N[number]]["fields"])
+                sample = encode_chat(tokenizer, example.messages)
+            except ValueError:
+                sample = np.zeros(0, np.int32), np.zeros(0, bool)
+        tokens.append(sample[0])
+        is_target.append(sample[1])
+    lengths = np.array([one.size for one in tokens], np.int64)
+    for name, array in (("tokens", np.concatenate(tokens)), ("targets", np.concatenate(is_target)),
+                        ("lengths", lengths)):  # lengths last: where they are, the others are
+        with open_aside(Path(folder, f"{index:06d}.{name}.npy")) as file:
+            np.save(file, array)
+    return lengths
+
+
+class MixedTokens:
+    """Tokenized samples in the mixture's order, from the files of `_tokenize`: (first, end) -> list of Tokenized.
+
+    places_M: of each sample, its document's place among those that were tokenized.
+    """
+
+    def __init__(self, folder, lengths_D, places_M, piece_starts):
+        self._folder, self._places_M, self._piece_starts = folder, places_M, piece_starts
+        ends_D = np.cumsum(lengths_D)
+        pieces_M = np.searchsorted(piece_starts, places_M, "right") - 1
+        self._pieces_M = pieces_M.astype(np.int32)
+        begins_D = ends_D - lengths_D
+        self._begins_M = begins_D[places_M] - begins_D[piece_starts[pieces_M]]
+        self._lengths_M = lengths_D[places_M]
+
+    def __call__(self, first, end):
+        return [self._sample(m) for m in range(first, end)]
+
+    def _sample(self, m):
+        tokens, is_target = _mapped(str(self._folder), int(self._pieces_M[m]))
+        span = slice(int(self._begins_M[m]), int(self._begins_M[m] + self._lengths_M[m]))
+        return Tokenized(np.array(tokens[span]), np.array(is_target[span]))
+
+
+@functools.lru_cache(maxsize=256)
+def _mapped(folder, index):
+    return [np.load(Path(folder, f"{index:06d}.{name}.npy"), mmap_mode="r") for name in ("tokens", "targets")]
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+class Flow:
+    """What the stages found, in files of the work folder; each has a key of all that it depends on.
+
+    stages: of each stage, its name, the numbers of documents in and out, what was dropped and reported by reason, and
+    the seconds that it took when it ran.
+    """
+
+    def __init__(self, work, key):
+        self.work, self.key, self.stages = work, key, []
+
+    def scratch(self, name, settings):
+        """A path for what this stage leaves behind, under its key; also that of all that follow."""
+        self.key = make_key(name, settings, self.key)
+        return self.work / f"{name}-{self.key}"
+
+    def run(self, name, documents, settings, find):
+        """The Documents that are left after those of find(documents, scratch, on_done), an iterator of Findings."""
+        scratch = self.scratch(name, settings)
+        path = self.work / f"{scratch.name}.jsonl"
+        if not path.with_suffix(".json").exists():
+            began = time.monotonic()
+            with Reporter(name, len(documents.numbers)) as reporter, open_aside(path) as file:
+                for finding in find(documents, scratch, reporter.advance):
+                    file.write(json_line(finding))
+            write_atomic(path.with_suffix(".json"), json.dumps({"seconds": round(time.monotonic() - began, 3)}))
+            remove(scratch)
+        seconds = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
+        dropped, reasons = [], {True: Counter(), False: Counter()}
+        for finding in read_findings(path):
+            reasons[finding.drop][finding.reason] += 1
+            if finding.drop:
+                dropped.append(finding.document)
+        left = np.setdiff1d(documents.numbers, np.array(dropped, np.int64), assume_unique=True)
+        assert left.size + len(dropped) == documents.numbers.size, f"{name}: a document was dropped twice"
+        self.stages.append({"name": name, "in": documents.numbers.size, "out": left.size, "dropped": reasons[True],
+                            "reported": reasons[False], "seconds": seconds, "file": path.name})
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons[True].most_common())
+        told = "".join(f"; reported {count:,} {reason}" for reason, count in reasons[False].most_common())
+        say(f"{name:16} {documents.numbers.size:>10,} -> {left.size:>10,}  {seconds:8.1f}s  {why}{told}")
+        if not left.size:
+            raise ValueError(f"{name} leaves no document ({why}): loosen its settings, or leave it out of "
+                             f"curate.stages; what it found is in {path}.")
+        return Documents(documents.pool, left)
+
+
+def read_findings(path):
+    """Yields the Findings that a stage has written."""
+    with open(path, "rb") as file:
+        for line in file:
+            yield Finding(*json.loads(line))
+
+
+def remove(scratch):
+    """What a stage needed on its way: a folder, or a file with an ending."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.with_suffix(".shard").unlink(missing_ok=True)
+
+
+def run(recipe, overrides):
+    """The command."""
+    require_alone("python -m mindpangu.curate")
+    if recipe.task in ("evaluate", "export"):
+        raise ValueError(f"recipe={recipe.recipe} takes no data: expected curate, or the recipe of a training stage.")
+    curate(recipe, recipe.run.dir)
+
+
+def curate(recipe, run_dir=None, may_build=True):
+    """Curates the sources of a recipe into packed rows; returns the run folder. ValueError where it is not there and
+    may not be built."""
+    from .tools.report_curate import draw_curation
+
+    config, root = recipe.curate, Path(recipe.run.root)
+    tokenizer = built_tokenizer(recipe)
+    sources, items, items_digest = _inputs(recipe, root)
+    files = digest_files([path for source in sources for path in list_files(source)])
+    pool_key = make_key("documents", [config.on_error, [source._asdict() for source in sources]], files)
+    chosen = as_dict(config)
+    for name in ("sources", "engine", "num_processes"):
+        del chosen[name]
+    key = make_key("curate", [chosen, as_dict(recipe.mix), recipe.data.dress, recipe.data.seq_len, recipe.seed],
+                   [pool_key, items_digest, tokenizer.digest, template_digest()])
+    folder = Path(run_dir or root / f"{recipe.recipe}-{recipe.scale}-curated-{key}")
+    if _is_done(folder, key):
+        say(f"{recipe.recipe}: already curated in {folder}")
+        return folder
+    if not may_build:
+        raise ValueError(f"{folder}: not curated yet, which at this scale is a job of its own: run python -m "
+                         "mindpangu.curate with the same arguments first.")
+    work = root / f"documents-{pool_key}"
+    with lock_folder(folder), lock_folder(work), make_engine(config.engine, _num_processes(recipe)) as engine:
+        write_atomic(folder / "curation.json", json.dumps({"key": key}))
+        write_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(recipe))))
+        began = time.monotonic()
+        pool = _read(work, sources, config)
+        flow = Flow(work, pool_key)
+        documents, difficulty_N = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, items, items_digest,
+                                              engine)
+        documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
+        _write_documents(folder / "curated.jsonl", documents, recipe.data.dress)
+        _write_dropped(folder, flow, pool)
+        summary = {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
+                   "documents": len(pool), "malformed": pool.num_malformed, "stages": flow.stages, **rows}
+        write_atomic(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+        write_atomic(folder / "report.html", draw_curation(
+            folder.name, summary, pool, documents.numbers, lambda stage: read_findings(work / stage["file"])))
+        write_atomic(folder / "done.json", json.dumps({"key": key}))
+    say(f"{recipe.recipe}: {len(pool):,} documents -> {documents.numbers.size:,} in "
+        f"{format_seconds(summary['seconds'])}; {folder}")
+    return folder
+
+
+def _is_done(folder, key):
+    """Whether a folder holds this curation, complete. Raises ValueError if it holds another one."""
+    if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"} and not (
+            folder / "curation.json").exists():
+        raise ValueError(f"{folder} holds something else than a curation: choose another run.dir, or leave it out.")
+    if (folder / "curation.json").exists():
+        found = json.loads((folder / "curation.json").read_text(encoding="utf-8"))["key"]
+        if found != key:
+            raise ValueError(f"{folder} holds another curation: its sources or settings, in its recipe.yaml, differ; "
+                             "choose another run.dir, or leave run.dir out.")
+    return (folder / "done.json").exists()
+
+
+def _run_stages(flow, documents, recipe, items, items_digest, engine):
+    """The Documents that are left, and for every document of the pool its difficulty, not a number where unknown."""
+    config = recipe.curate
+    num_processes = _num_processes(recipe)
+    quality_N, difficulty_N = np.zeros(len(documents.pool)), np.full(len(documents.pool), np.nan)
+    if "exact_duplicates" in config.stages:
+        documents = flow.run("exact_duplicates", documents, None,
+                             lambda documents, scratch, on_done: exact_duplicates(documents))
+    if "benchmarks" in config.stages and items:
+        documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
+                             lambda documents, scratch, on_done: benchmarks(
+                                 documents, items, config.decontaminate.action, engine, scratch, on_done))
+    if "near_duplicates" in config.stages:
+        settings = config.near_duplicates
+        documents = flow.run("near_duplicates", documents, as_dict(settings),
+                             lambda documents, scratch, on_done: near_duplicates_of(
+                                 documents, quality_N[documents.numbers], settings, engine, scratch,
+                                 on_done))
+    if "zip" in config.stages:
+        documents = flow.run("zip", documents, as_dict(config.zip),
+                             lambda documents, scratch, on_done: zip_selection(
+                                 documents, _strata(documents) if config.zip.strata else None, config.zip,
+                                 num_processes, scratch, on_done))
+    return documents, difficulty_N
+
+
+def _num_processes(recipe):
+    return recipe.curate.num_processes or recipe.run.num_threads or num_usable_cores()
+
+
+def make_engine(name, num_processes):
+    if name == "ray":
+        from .data.ray_engine import RayEngine
+
+        return RayEngine(num_processes)
+    return Local(num_processes)
+
+
+def _inputs(recipe, root):
+    """([Source], [Item], digest of the items) of a recipe."""
+    config, check = recipe.curate, recipe.curate.decontaminate
+    sources = [Source(source.name, tuple(source.paths), source.language, source.category or source.name,
+                      source.licence, tuple(source.fields)) for source in config.sources]
+    items, counts = list_items(check.benchmarks_dir) if check.benchmarks_dir else ([], {})
+    files = list(check.files)
+    if config.built_in or not sources:
+        if recipe.scale == "1b":
+            raise ValueError("curate.built_in is for the small scales: name the files to curate, for example "
+                             "'curate.sources=[{name: mine, paths: [my_chats.jsonl]}]'.")
+        sources.append(Source("arithmetic", (str(_built_in_problems(recipe.data, root)),), category="STEM"))
+    for path in files:
+        name = Path(path).name.split(".")[0]
+        found = [Item(name, f"{document.line}", _question(document.record) or document.text)
+                 for document in read_sources([Source(name, path)])]
+        items += found
+        counts[name] = counts.get(name, 0) + len(found)
+    if "benchmarks" in config.stages:
+        say("benchmarks: " + (", ".join(f"{name} {count:,}" for name, count in counts.items()) or
+                              "none, so nothing is decontaminated: give curate.decontaminate.benchmarks_dir"))
+    return sources, items, xxhash.xxh3_128_hexdigest(json.dumps(items).encode())
+
+
+def _built_in_problems(data, root):
+    """A file with the training problems; the held-out ones share no chain of operations with them."""
+    chosen = [data.num_examples, data.seed, data.language]
+    path = root / f"arithmetic-{make_key('arithmetic', chosen, None)}" / "problems.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_aside(path) as file:
+            for problem in make_problems(data.num_examples, data.seed, "train", data.language):
+                file.write(json_line(to_chat(problem_to_example(problem, "reasoning"))))
+    return path
+
+
+def _question(record):
+    """What a benchmark's item asks, where its record has an answer too; None: there is no telling the two apart."""
+    try:
+        messages = to_example(record, "fast").messages[:-1]
+    except ValueError:
+        return record.get("prompt") or record.get("question")
+    return "\n".join(message.content for message in messages)
+
+
+def _read(work, sources, config):
+    if not (work / "pool.json").exists():
+        say("reading: " + ", ".join(f"{source.name} ({len(list_files(source))} files)" for source in sources))
+        began, last = time.monotonic(), time.monotonic()
+
+        def on_progress(count):  # how many there will be is not known
+            nonlocal last
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                say(f"reading: {count:,} documents, {count / (last - began):,.0f} a second")
+
+        write_pool(work, sources, config.on_error == "skip", on_progress)
+    pool = Pool(work)
+    lost = f", {pool.num_malformed:,} malformed, see {work / 'malformed.jsonl'}" if pool.num_malformed else ""
+    say(f"read: {len(pool):,} documents{lost}")
+    return pool
+
+
+def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N):
+    """Tokenizes, sets documents aside, mixes and packs. Returns the Documents in the mixture, and what the summary
+    says of them."""
+    data, config, is_text = recipe.data, recipe.curate, recipe.data.dress == "text"
+    tokenized, pool = documents, documents.pool
+    scratch = flow.scratch("tokens", [tokenizer.digest, template_digest(), data.dress])
+    scratch.mkdir(exist_ok=True)
+    pieces = cut(tokenized)
+    work = functools.partial(_tokenize, str(Path(tokenizer.model_file).resolve()), data.dress, str(scratch.resolve()))
+    lengths, count = [], 0
+    with Reporter("tokenize", tokenized.numbers.size) as reporter:
+        for found in engine.map(work, pool, list(enumerate(pieces))):
+            lengths.append(found)
+            count += found.size
+            reporter.advance(count)
+    lengths_D = np.concatenate(lengths)
+    documents = flow.run("unusable", documents, data.seq_len, lambda documents, scratch, on_done:
+                         too_long_or_without_reply(documents, lengths_D, data.seq_len, is_text))
+    documents = flow.run("heldout", documents, data.num_heldout, lambda documents, scratch, on_done:
+                         held_out(documents, data.num_heldout))
+    aside = [finding.document for finding in read_findings(flow.work / flow.stages[-1]["file"])]
+    places = np.searchsorted(tokenized.numbers, documents.numbers)
+    categories = [source["category"] for source in pool.sources]
+    mixture = mix_samples(recipe.mix, [categories[source] for source in pool.sources_N[documents.numbers]],
+                          lengths_D[places], difficulty_N[documents.numbers], config.size or None, recipe.seed)
+    if mixture.missing:
+        say(f"mix.on_missing=renormalise: no sample of {', '.join(mixture.missing)}; the others share what it had")
+    settings = [as_dict(recipe.mix), config.size, recipe.seed]
+    drawn = Documents(pool, documents.numbers[np.unique(mixture.order_M)])
+    mixed = flow.run("mix", documents, settings, lambda documents, scratch, on_done: (
+        Finding(number, "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers).tolist()))
+    samples = MixedTokens(scratch, lengths_D, places[mixture.order_M],
+                          np.cumsum([0, *(piece.size for piece in pieces)])[:-1])
+    num_shards = -(-mixture.order_M.size // config.samples_per_shard)
+    folder.mkdir(exist_ok=True)
+    _write_documents(folder / "heldout.jsonl", Documents(pool, np.array(aside, np.int64)), data.dress)
+    if not (folder / "tokenizer.model").exists():
+        write_aside(folder / "tokenizer.model", Path(tokenizer.model_file).read_bytes())
+    with Reporter("pack", num_shards) as reporter:
+        packed = write_packed(folder, mixture.order_M.size, samples, seq_len=data.seq_len, pad_id=tokenizer.pad_id,
+                              samples_per_shard=config.samples_per_shard, on_long="split" if is_text else "drop",
+                              binding={"tokenizer": tokenizer.digest, "template": template_digest(),
+                                       "made_from": flow.key}, num_processes=_num_processes(recipe),
+                              on_progress=lambda done, _: reporter.advance(done))
+    counts = {name: sum(getattr(shard, name) for shard in packed.counts)
+              for name in ("rows", "samples", "tokens", "targets")}
+    totals = counts | {"seq_len": data.seq_len, "fill": counts["tokens"] / (counts["rows"] * data.seq_len)}
+    for part in mixture.report:
+        say(f"  {part.name:24} {part.share:7.2%} of the {recipe.mix.unit} (wanted {part.wanted:.2%}), "
+            f"{part.num_samples:,} samples, {part.epochs:.2f} epochs")
+    say(f"rows: {totals['rows']:,} of {data.seq_len:,} tokens, fill {totals['fill']:.1%}, {totals['targets']:,} "
+        f"supervised tokens, {len(aside):,} documents held out; {folder}")
+    return mixed, {"mixture": [part._asdict() for part in mixture.report], "rows": totals}
+
+
+def _strata(documents):
+    """Language and category of each document: scripts differ in bytes per character."""
+    pool, numbers = documents
+    return list(zip(pool.languages_N[numbers].tolist(), pool.sources_N[numbers].tolist(), strict=True))
+
+
+def _write_documents(path, documents, dress):
+    """The documents as conversations, or as plain documents."""
+    pool = documents.pool
+    with open_aside(path) as file:
+        for number in documents.numbers.tolist():
+            document = pool.document(number)
+            if dress == "text":
+                line = {"text": document.text}
+            else:
+                example = to_example(document.record, dress, pool.sources[pool.sources_N[number]]["fields"])
+                line = to_chat(example)
+            about = {"source": document.source, "language": document.language, "category": document.category,
+                     "licence": document.licence}
+            file.write(json_line(line | {name: value for name, value in about.items() if value is not None}))
+
+
+def _write_dropped(folder, flow, pool):
+    """dropped/ and reported/<stage>.jsonl: every document about which a stage found something, and what."""
+    for part in ("dropped", "reported"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for place, stage in enumerate(flow.stages, 1):
+        for part in ("dropped", "reported"):
+            if not stage[part]:
+                continue
+            (folder / part).mkdir(exist_ok=True)
+            with open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file:
+                for finding in read_findings(flow.work / stage["file"]):
+                    if finding.drop == (part == "dropped"):
+                        file.write(json_line(_described(finding, stage["name"], pool)))
+
+
+def _described(finding, stage, pool):
+    document = pool.document(finding.document)
+    line = {"stage": stage, "reason": finding.reason, "score": finding.score}
+    if isinstance(finding.partner, int):
+        file, number = pool.place(finding.partner)
+        line["partner"] = {"file": file, "line": number}
+    elif finding.partner is not None:
+        line["partner"] = finding.partner
+    return line | (finding.details or {}) | {"source": document.source, "file": document.file, "line": document.line,
+                                             "record": document.record}
+
+
+main = entry_point(run)
+
+if __name__ == "__main__":
+    main()
