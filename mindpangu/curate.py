@@ -329,7 +329,8 @@ def curate(recipe, run_dir=None, may_build=True):
     chosen = as_dict(config)
     for name in ("sources", "engine", "num_processes"):
         del chosen[name]
-    key = make_key("curate", [chosen, as_dict(recipe.mix), recipe.data.dress, recipe.data.seq_len, recipe.seed],
+    data = [getattr(recipe.data, name) for name in ("dress", "seq_len", "num_heldout")]
+    key = make_key("curate", [chosen, as_dict(recipe.mix), data, recipe.seed],
                    [pool_key, items_digest, tokenizer.digest, template_digest()])
     folder = Path(run_dir or root / f"{recipe.recipe}-{recipe.scale}-curated-{key}")
     if _is_done(folder, key):
@@ -522,6 +523,11 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
     counts = {name: sum(getattr(shard, name) for shard in packed.counts)
               for name in ("rows", "samples", "tokens", "targets")}
     totals = counts | {"seq_len": data.seq_len, "fill": counts["tokens"] / (counts["rows"] * data.seq_len)}
+    if mixed.numbers.size < documents.numbers.size and not config.size:
+        scarce = max(mixture.report, key=lambda part: part.epochs)
+        say(f"mix: {scarce.name} has so little that its share bounds the mixture, {scarce.epochs:.2f} epochs of it: "
+            f"{documents.numbers.size - mixed.numbers.size:,} documents of the others are not drawn; add to it, or "
+            "change mix.ratio, mix.weights or mix.max_epochs")
     for part in mixture.report:
         say(f"  {part.name:24} {part.share:7.2%} of the {recipe.mix.unit} (wanted {part.wanted:.2%}), "
             f"{part.num_samples:,} samples, {part.epochs:.2f} epochs")

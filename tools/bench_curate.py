@@ -281,10 +281,10 @@ def bench_packing(folder):
                 wanted=1)]
 
 
-def _pipeline(sources, folder, *more):
-    """Runs the command in a process of its own; returns (wall seconds, summary.json)."""
+def _pipeline(path, folder, *more):
+    """Runs the command on a file in a process of its own; returns (wall seconds, summary.json)."""
     command = [sys.executable, "-m", "mindpangu.curate", "recipe=curate", f"run.root={folder}/runs",
-               f"run.dir={folder}/run", f"curate.sources={json.dumps(sources)}", *more]
+               f"run.dir={folder}/run", f"curate.sources=[{{name: chats, paths: ['{path}']}}]", *more]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -303,7 +303,7 @@ def bench_pipeline(folder):
             with open(path, "w", encoding="utf-8") as file:
                 for document in documents:
                     file.write(json.dumps({"question": document, "answer": rng.choice(answers)}) + "\n")
-            elapsed, summary = _pipeline([{"name": "short", "paths": [str(path)]}], aside,
+            elapsed, summary = _pipeline(path, aside,
                                          f"curate.decontaminate.benchmarks_dir={folder}", "curate.zip.budget=1000",
                                          "data.seq_len=1024")
             seconds.append(elapsed)
@@ -329,7 +329,7 @@ def bench_memory(folder, num_bytes=1 << 30):
         watcher = threading.Thread(target=_watch, args=(peak, stop))
         watcher.start()
         try:
-            elapsed, summary = _pipeline([{"name": "big", "paths": [str(path)]}], aside,
+            elapsed, summary = _pipeline(path, aside,
                                          f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=4096")
         finally:
             stop.set()
