@@ -40,7 +40,15 @@ def test_every_recipe_composes_at_every_scale(name, scale):
 @pytest.mark.parametrize(("overrides", "expected"), [
     (["recipe=pretrain_general_4k", "scale=1b"],
      {"train.lr": 5e-3, "train.min_lr": 1e-5, "train.beta1": 0.9, "train.beta2": 0.95, "data.seq_len": 4096,
-      "tokens_per_step": 2**24}),
+      "tokens_per_step": 2**24, "init_from": None, "tokens": 4e12}),
+    (["recipe=pretrain_general_8k", "scale=1b"],
+     {"train.lr": 5e-3, "train.min_lr": 1e-5, "data.seq_len": 8192, "tokens_per_step": 2**24,
+      "init_from": "pretrain_general_4k", "tokens": 4e12}),
+    (["recipe=pretrain_reasoning_8k", "scale=1b"],
+     {"train.lr": 5e-3, "train.min_lr": 1e-5, "data.seq_len": 8192, "tokens_per_step": 2**24,
+      "init_from": "pretrain_general_8k", "tokens": 1.5e12}),
+    (["recipe=pretrain_annealing_32k", "scale=1b"],
+     {"data.seq_len": 32768, "tokens_per_step": 2**24, "init_from": "pretrain_reasoning_8k", "tokens": 0.9e12}),
     (["recipe=sft_reasoning", *PAPER],
      {"train.lr": 2e-5, "train.min_lr": 2e-6, "train.warmup_steps": 200, "train.epochs": 10, "train.weight_decay": 0.1,
       "train.clip_norm": 1.0, "data.seq_len": 32768, "data.dress": "reasoning", "init_from": "pretrain_annealing_32k",
@@ -71,6 +79,9 @@ def test_1b_scale_has_the_papers_values(overrides, expected):
     for name, value in expected.items():
         if name == "tokens_per_step":
             found = recipe.train.rows_per_step * recipe.data.seq_len
+        elif name == "tokens":  # the budget, rounded up to whole steps
+            tokens = recipe.train.rows_per_step * recipe.data.seq_len
+            found = value if recipe.train.steps == -(-value // tokens) else recipe.train.steps
         else:
             found = recipe
             for part in name.split("."):
@@ -78,7 +89,30 @@ def test_1b_scale_has_the_papers_values(overrides, expected):
         assert found == value, name
 
 
+# P1 table 2: general, reasoning, annealing.
+MIXTURES = {"General English": (0.45, 0.22, 0.22), "General Chinese": (0.12, 0.12, 0.11),
+            "Multi-lingual": (0.10, 0.04, 0.03), "Industrial": (0.07, 0.10, 0.08), "Instruction": (0.02, 0.10, 0.20),
+            "STEM": (0.07, 0.20, 0.17), "Code": (0.17, 0.22, 0.19)}
+
+
+@pytest.mark.parametrize(("phase", "column"), [("general_4k", 0), ("general_8k", 0), ("reasoning_8k", 1),
+                                                ("annealing_32k", 2)])
+def test_pretraining_has_the_papers_mixture(phase, column):
+    mix = load_recipe([f"recipe=pretrain_{phase}", "scale=1b"]).mix
+    assert mix.weights == {name: shares[column] for name, shares in MIXTURES.items()}
+    assert set(mix.curriculum) == {"STEM", "Instruction", "Code"} and mix.on_missing == "raise"
+
+
 @pytest.mark.parametrize(("overrides", "words"), [
+    (["data.source=packed", "data.train=[x]"], ["data.source=packed", "recipe=kd_student", "curated.jsonl"]),
+    (["recipe=sft_fast", "data.source=packed", "data.train=[x,y]"], ["['x', 'y']", "one folder"]),
+    (["recipe=sft_fast", "data.source=packed"], ["data.train is empty"]),
+    (["recipe=pretrain_general_4k", "data.train=[x]"], ["curate.sources"]),
+    (["recipe=pretrain_general_4k", "train.continue_optimizer=true"], ["train.continue_optimizer=true", "init_from"]),
+    (["recipe=pretrain_general_4k", "train.first_step=400"], ["train.first_step=400", "train.decay_steps=360"]),
+    (["recipe=pretrain_general_4k", "mix.weights.Code=-1"], ["mix.weights.Code=-1.0", "positive"]),
+    (["recipe=curate", "+mix.groups.b=[math]"], ["math twice"]),
+    (["recipe=curate", "+mix.ratio.c=1"], ["mix.ratio has c"]),
     (["kd.temperature=0"], ["kd.temperature=0.0", "above 0"]),
     (["data.seq_len=2048"], ["data.seq_len=2048", "model.max_seq_len=1024"]),
     (["kd.top_k=769"], ["kd.top_k=769", "model.vocab_size=768"]),

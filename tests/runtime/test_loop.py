@@ -40,12 +40,12 @@ def _loss(model):
     return make_loss(model, SEQ_LEN, 64)
 
 
-def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", **run):
+def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", schedule=None, **run):
     from mindpangu.model.weights import save_weights
     from mindpangu.runtime.loop import Loop
 
     train = TrainConfig(steps=num_steps, rows_per_step=8, micro_batch_rows=4, lr=1e-2, warmup_steps=2,
-                        moments_dtype=moments_dtype)
+                        moments_dtype=moments_dtype, **schedule or {})
     return Loop(_loss(model), (), model.trainable_params(), train=train,
                 run=RunConfig(mode=mode, **({"log_every": 1, "save_every": 2} | run)), num_steps=num_steps,
                 folder=folder, save_model=lambda path: save_weights(model, path))
@@ -148,6 +148,27 @@ def test_resumed_run_repeats_the_uninterrupted_losses_exactly(mindspore_cpu, tmp
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     for left, right in zip(second.trainable_params(), whole.trainable_params(), strict=True):
         np.testing.assert_array_equal(left.asnumpy(), right.asnumpy())
+
+
+def test_two_phases_with_one_schedule_and_optimizer_are_the_run_in_one(mindspore_cpu, tmp_path):
+    from mindpangu.model.weights import load_weights
+
+    whole = _loop(tmp_path / "whole", _model(), num_steps=6, schedule={"decay_steps": 6})
+    whole.fit(_batches(), 6)
+    first = _loop(tmp_path / "first", _model(), num_steps=3, schedule={"decay_steps": 6})
+    batches = _batches()
+    first.fit(batches, 3)
+    checkpoint = tmp_path / "first/checkpoints/step-000003"
+    model = _model()
+    load_weights(model, checkpoint)
+    second = _loop(tmp_path / "second", model, num_steps=3, schedule={"first_step": 3, "decay_steps": 6})
+    second.continue_optimizer(checkpoint)
+    second.fit(batches, 3)
+    losses = _losses(tmp_path / "first") + [(step + 3, *rest) for step, *rest in _losses(tmp_path / "second")]
+    assert losses == _losses(tmp_path / "whole")
+    for ours, expected in zip(second.parameters, whole.parameters, strict=True):
+        np.testing.assert_array_equal(ours.asnumpy(), expected.asnumpy())
+    assert [row["lr"] for row in _rows(tmp_path / "second")] == [row["lr"] for row in _rows(tmp_path / "whole")][3:]
 
 
 def test_metrics_written_after_the_last_checkpoint_are_not_kept_twice(mindspore_cpu, tmp_path):

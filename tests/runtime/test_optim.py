@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mindpangu.config import TrainConfig
+from mindpangu.config import TrainConfig, load_recipe
 
 
 def _train(**changes):
@@ -32,6 +32,31 @@ def test_schedule_stays_at_min_lr_after_decay_steps(mindspore_cpu):
     train = _train(lr=1e-6, min_lr=5e-7, warmup_steps=0, decay_steps=100)
     rates = [learning_rate(step, 164, train) for step in (0, 50, 100, 101, 163)]
     assert rates == pytest.approx([1e-6, 7.5e-7, 5e-7, 5e-7, 5e-7])
+
+
+@pytest.mark.parametrize("scale", ["smoke", "tiny", "1b"])
+def test_three_phases_of_pretraining_follow_one_cosine_and_annealing_its_own(mindspore_cpu, scale):
+    """Against float64 over the steps of all three; P1 2.2: 5e-3 -> 1e-5."""
+    from mindpangu.runtime.optim import learning_rate
+
+    phases = [load_recipe([f"recipe=pretrain_{name}", f"scale={scale}"]).train
+              for name in ("general_4k", "general_8k", "reasoning_8k", "annealing_32k")]
+    total, warmup = sum(train.steps for train in phases[:3]), phases[0].warmup_steps
+    if scale == "1b":
+        assert (phases[0].lr, phases[0].min_lr, total) == (5e-3, 1e-5, 566_245)
+    steps = np.arange(total)
+    cosine = phases[0].min_lr + (phases[0].lr - phases[0].min_lr) * np.cos((steps - warmup) / (total - warmup)
+                                                                           * np.pi / 2) ** 2
+    expected = np.where(steps < warmup, phases[0].lr * (steps + 1) / warmup, cosine)
+    done = 0
+    for train in phases[:3]:
+        every = max(1, train.steps // 997)
+        found = [learning_rate(step, train.steps, train) for step in range(0, train.steps, every)]
+        np.testing.assert_allclose(found, expected[done:done + train.steps:every], rtol=1e-9)
+        done += train.steps
+    annealing = phases[3]
+    assert learning_rate(0, annealing.steps, annealing) == annealing.lr == phases[0].min_lr
+    assert learning_rate(annealing.steps, annealing.steps, annealing) == annealing.min_lr
 
 
 def test_moments_in_bfloat16_follow_float64_ones_that_are_rounded_as_often(cpu_library, mindspore_cpu):
