@@ -420,6 +420,8 @@ def refresh_steps_of(run):
 
 def heldout_numbers(run):
     """({metric: number} before training, the same after it or at the last validation so far; {} where not known)."""
+    if run.evaluation:
+        return {}, {}  # nothing was trained
     if run.done:
         return run.done.get("before", {}), run.done.get("after", {})
     rows = [{name[8:]: value for name, value in row.items() if name.startswith("heldout/")} for row in run.rows]
@@ -442,12 +444,21 @@ def _before_after(run, name):
 
 def _status(run):
     text = '<b class="finished">finished</b>' if run.done else '<b class="unfinished">unfinished</b>'
-    if not run.rows:
+    if not run.rows and not run.evaluation:
         text += " <i>no metrics yet</i>"
     if run.num_unreadable:
         lines = "1 unreadable line" if run.num_unreadable == 1 else f"{run.num_unreadable} unreadable lines"
         text += f" <i>{lines} of metrics.jsonl left out</i>"
     return text
+
+
+def _any_training(runs):
+    return any(run.evaluation is None for run in runs)
+
+
+def _score(run, benchmark):
+    found = (run.evaluation or {"benchmarks": {}})["benchmarks"].get(benchmark)
+    return f"<b>{found['score']:.2f}</b> <i>± {found['stderr']:.2f}</i>" if found else _NO_VALUE
 
 
 def _steps(run):
@@ -509,9 +520,15 @@ def draw_table(runs):
     differing = differing_fields(runs)
     rows = [(name, [escape(str(run.recipe.get(name, _NO_VALUE))) for run in runs], name in differing)
             for name in ("recipe", "scale")]
-    rows += [(label, [describe(run) for run in runs], False) for label, describe in (
-        ("status", _status), ("steps", _steps), ("tokens seen", _tokens), ("wall time", _wall_time),
-        ("peak memory", _peak_memory), ("median throughput", _median_throughput))]
+    facts = {"status": _status, "steps": _steps, "tokens seen": _tokens, "wall time": _wall_time,
+             "peak memory": _peak_memory, "median throughput": _median_throughput}
+    if not _any_training(runs):
+        facts = {label: facts[label] for label in ("status", "wall time", "peak memory")}
+    rows += [(label, [describe(run) for run in runs], False) for label, describe in facts.items()]
+    benchmarks = dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation["benchmarks"])
+    if benchmarks:
+        rows.append(("<b>benchmarks, %</b>", ["" for _ in runs], False))
+    rows += [(escape(name), [_score(run, name) for run in runs], False) for name in benchmarks]
     names = dict.fromkeys(name for run in runs for numbers in heldout_numbers(run) for name in numbers)
     if names:
         rows.append(("<b>held-out, before → after</b>", ["" for _ in runs], False))
@@ -600,16 +617,9 @@ def _show_text(text):
 
 def draw_report(runs):
     """The whole HTML page of a list of Runs."""
-    lines = collect_lines(runs)
-    refresh_steps = {i: refresh_steps_of(run) for i, run in enumerate(runs)}
-    plots = "".join(draw_plot(name, lines[name], len(runs), refresh_steps) for name in lines)
     differing = [name for name in differing_fields(runs) if not name.startswith(("run.", "recipe", "scale"))]
     legend = "".join(_legend_entry(i, run, differing) for i, run in enumerate(runs))
     heading = escape(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
-    refresh_key = ('<span class="key"><svg viewBox="0 0 28 8"><line class="refresh" x1="14" x2="14" y1="-2" y2="10"/>'
-                   '</svg>the student answers anew</span>' if any(refresh_steps.values()) else "")
-    smooth_key = ('<span class="key">long curves: bold a running mean over a thirtieth of the curve, faint every value'
-                  '</span>' if 'class="raw"' in plots else "")
     # Only this very script may run, whatever a sample text holds.
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -623,7 +633,22 @@ def draw_report(runs):
 <h2>Results</h2>
 {draw_table(runs)}
 {_draw_evaluations(runs)}
-<h2>Curves</h2>
+{_draw_training(runs) if _any_training(runs) else ""}
+<div id="tip" hidden></div>
+<script>{_SCRIPT}</script></body></html>
+"""
+
+
+def _draw_training(runs):
+    """Curves, sample answers and rollouts."""
+    lines = collect_lines(runs)
+    refresh_steps = {i: refresh_steps_of(run) for i, run in enumerate(runs)}
+    plots = "".join(draw_plot(name, lines[name], len(runs), refresh_steps) for name in lines)
+    refresh_key = ('<span class="key"><svg viewBox="0 0 28 8"><line class="refresh" x1="14" x2="14" y1="-2" y2="10"/>'
+                   '</svg>the student answers anew</span>' if any(refresh_steps.values()) else "")
+    smooth_key = ('<span class="key">long curves: bold a running mean over a thirtieth of the curve, faint every value'
+                  '</span>' if 'class="raw"' in plots else "")
+    return f"""<h2>Curves</h2>
 <p class="hint">
 <span class="key"><svg viewBox="0 0 28 8"><line x1="0" x2="28" y1="4" y2="4"/></svg>training</span>
 <span class="key"><svg viewBox="0 0 28 8"><line class="dashed" x1="0" x2="28" y1="4" y2="4"/>
@@ -632,10 +657,7 @@ def draw_report(runs):
 <div class="plots">{plots or "<p>No metrics yet.</p>"}</div>
 <h2>Sample answers</h2>
 {draw_samples(runs)}
-{_draw_rollouts(runs)}
-<div id="tip" hidden></div>
-<script>{_SCRIPT}</script></body></html>
-"""
+{_draw_rollouts(runs)}"""
 
 
 def _draw_evaluations(runs):

@@ -130,6 +130,35 @@ def test_the_table_has_the_numbers_of_done_json(tmp_path):
     assert "unfinished" not in text
 
 
+def _evaluation(**scores):
+    """results.json and done.json as python -m mindpangu.evaluate writes them."""
+    benchmarks = {name: {"score": score, "stderr": 1.25, "average": "micro", "metric": "score", "k": 7, "N": 10,
+                         "items": 10, "reasons": {}, "subjects": {}} for name, score in scores.items()}
+    results = {"form": "instruct", "model": {"folder": "runs/student", "device": "CPU", "precision": "float32"},
+               "decoding": {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8192, "num_repeats": 1},
+               "measured": {}, "benchmarks": benchmarks, "seconds": 95.0}
+    return results, {"step": 0, "seconds": 95.0, "peak_memory_gib": 1.5,
+                     "after": {name: score / 100 for name, score in scores.items()}}
+
+
+def test_evaluations_show_scores_side_by_side_and_nothing_of_a_training(tmp_path):
+    folders = []
+    for name, scores in (("first", {"gsm8k": 41.5, "mmlu": 30.0}), ("second", {"gsm8k": 52.25})):
+        results, done = _evaluation(**scores)
+        folders.append(_write_run(tmp_path / name, {"recipe": "eval_instruct", "scale": "tiny"}, done=done))
+        (folders[-1] / "results.json").write_text(json.dumps(results))
+        (folders[-1] / "metrics.jsonl").unlink()
+    text = _page(*folders).text
+    for expected in ("benchmarks, % gsm8k 41.50 ± 1.25 52.25 ± 1.25 mmlu 30.00 ± 1.25 –", "1m35s", "1.50 GiB"):
+        assert expected in text
+    for absent in ("held-out", "→", "no metrics yet", "steps", "tokens", "Curves", "Sample answers"):
+        assert absent not in text.replace("up to 8192 tokens", ""), absent
+    done = {"step": 2, "before": {"loss": 1.0}, "after": {"loss": 0.5}}
+    trained = _write_run(tmp_path / "trained", rows=[{"step": 2, "loss": 1.0}], done=done)
+    text = _page(folders[0], trained).text
+    assert "gsm8k 41.50 ± 1.25 –" in text and "Curves" in text and "held-out, before → after" in text
+
+
 def test_an_unfinished_run_with_a_cut_last_line_is_shown_as_such(tmp_path):
     rows = [{"step": 0, "time": 10.0, "heldout/loss": 2.0}, {"step": 2, "time": 70.0, "loss": 1.5, "memory_gib": 1.5},
             {"step": 4, "time": 75.0, "heldout/loss": 1.0}]
