@@ -213,7 +213,7 @@ def _open(options):
     if options.lite:
         runner = GraphRunner(folder, key, lite_graphs(options.lite))
     else:
-        start(RunConfig(kernels=options.kernels))
+        start(RunConfig(kernels=options.kernels), runs_ops=False)
         runner = GraphRunner(folder, key)
     return runner, Tokenizer(folder / "tokenizer.model")
 

@@ -65,7 +65,7 @@ def export(recipe, overrides):
             say(f"{recipe.recipe}: already complete in {folder}")
             return folder
         started = time.monotonic()
-        start(recipe.run)
+        start(recipe.run, runs_ops=False)
         aside = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

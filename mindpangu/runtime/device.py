@@ -19,9 +19,10 @@ def num_usable_cores():
     return len(os.sched_getaffinity(0))
 
 
-def start(run):
-    """Import and set up MindSpore once per process, as a RunConfig says. Returns {op: kernel}.
+def start(run, runs_ops=True):
+    """Import and set up MindSpore once per process, as a RunConfig says. Returns {op: kernel}, and says it.
 
+    runs_ops: whether a model of this project will run. An exported graph has none of its ops, only primitives.
     Raises ValueError if the process was already set up otherwise: MindSpore has one device and one thread pool.
     """
     global _started, _library
@@ -62,12 +63,16 @@ def start(run):
                 "ascendc_host": "{} of ascend_kernels, on a model of the 910B",
                 "reference": "MindSpore's general operations"}
     several = f", rank 0 of {world().size}" * (world().size > 1)
-    say(f"device {run.device}{several}, {threads} threads, mode {run.mode}, {run.precision}")
-    say(f"  {'op':<18}{'kernel':<14}backend")
-    for op, kernel in chosen.items():
-        say(f"  {op:<18}{kernel:<14}{backends[kernel].format(kernels.operator_of(op))}")
-    if ascendc and ascendc.missing:
-        say(f"  no operators of ascend_kernels: {ascendc.missing}")
+    if runs_ops:
+        say(f"device {run.device}{several}, {threads} threads, mode {run.mode}, {run.precision}")
+        say(f"  {'op':<18}{'kernel':<14}backend")
+        for op, kernel in chosen.items():
+            say(f"  {op:<18}{kernel:<14}{backends[kernel].format(kernels.operator_of(op))}")
+        if ascendc and ascendc.missing:
+            say(f"  no operators of ascend_kernels: {ascendc.missing}")
+    else:
+        by = f"the CPU library ({_library.level}) where it has them" if path else "MindSpore"
+        say(f"device {run.device}, {threads} threads, primitives by {by}")
     _started = (wanted, chosen)
     return chosen
 
