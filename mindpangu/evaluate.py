@@ -37,6 +37,7 @@ from mindpangu.runtime.metrics import Reporter, format_seconds, peak_memory_gib,
 from mindpangu.tools.report import draw_report, read_run
 
 _NO_PART_IN_RESULTS = ("benchmarks_dir", "num_slots", "cache_tokens", "batch_tokens", "responses")
+_CODE = ("humaneval", "mbpp", "mbpp_sanitized")  # sources whose answers are programs
 _PROMPTS_SHOWN = 5  # samples of a task that are kept with their prompt
 
 
@@ -112,6 +113,8 @@ def _go_offline():
 def _measure(plan, benchmarks):
     recipe, config = plan.recipe, plan.recipe.eval
     started = time.monotonic()
+    if any(benchmark.source in _CODE for benchmark in benchmarks.values()):  # before answers that nobody could grade
+        say(f"code runs {plan.rewards.verifier('code').isolation}")
     tasks = load_tasks(benchmarks, config.benchmarks_dir, config.num_fewshot)
     start(recipe.run)
     from mindpangu.benchmarks.lm import PanguLM

@@ -12,6 +12,7 @@ import pytest
 from mindpangu.benchmarks import files
 from mindpangu.config import load_recipe
 from mindpangu.evaluate import evaluate, long_form
+from mindpangu.rewards.sandbox import Isolation
 
 LIMIT = 16
 OVERRIDES = ["recipe=eval_instruct", "eval.tasks=[gsm8k,cluewsc]", f"eval.limit={LIMIT}", "eval.max_new_tokens=64",
@@ -139,6 +140,18 @@ def test_wrong_requests_say_what_to_do(overrides, words, tmp_path):
     overrides = [*overrides, f"eval.benchmarks_dir={tmp_path}"]
     with pytest.raises(ValueError, match=words):
         evaluate(load_recipe(overrides), overrides)
+
+
+def test_code_that_nothing_could_run_is_refused_before_any_answer(tiny_models, write_jsonl, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "humaneval/HumanEval.jsonl", [])
+    (tmp_path / "humaneval/HumanEval.jsonl").rename(tmp_path / "humaneval/HumanEval.jsonl.gz")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mindpangu.rewards.sandbox.describe_isolation", Isolation)
+    overrides = ["recipe=eval_instruct", "eval.tasks=[humaneval]", "data.tokenizer=null", "eval.benchmarks_dir=.",
+                 long_form(f"model={tiny_models['trained']}")]
+    with pytest.raises(ValueError, match="cannot isolate .*rewards.code.allow_unsafe=true"):
+        evaluate(load_recipe(overrides), overrides)
+    assert not (tmp_path / "runs/responses").exists()
 
 
 def test_help_is_about_evaluation():
