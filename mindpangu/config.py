@@ -380,7 +380,8 @@ class CodeRewardConfig(_Section):
     """The sandbox in which an answer's code runs."""
 
     timeout_s: float = 10.0  # wall time of an answer with all its tests
-    memory_mib: int = 512
+    memory_mib: int = 512  # address space of each process
+    max_processes: int = 8  # processes and threads of an answer; more for problems of concurrency
     max_output_kib: int = 256
     partial_credit: bool = True  # the reward rises with the share of tests that pass; false: all or nothing
     allow_unsafe: bool = False  # run code although this machine can isolate neither files nor processes
@@ -388,6 +389,7 @@ class CodeRewardConfig(_Section):
     def check(self):
         _require(self.timeout_s > 0, f"rewards.code.timeout_s={self.timeout_s}: expected above 0.")
         _at_least("rewards.code.memory_mib", self.memory_mib, 64)
+        _at_least("rewards.code.max_processes", self.max_processes, 1)
         _at_least("rewards.code.max_output_kib", self.max_output_kib, 1)
 
 

@@ -54,8 +54,8 @@ class Rewards:
             from .code import CodeVerifier
 
             return CodeVerifier(timeout_s=config.code.timeout_s, memory_mib=config.code.memory_mib,
-                                max_output_kib=config.code.max_output_kib, num_workers=config.num_workers,
-                                allow_unsafe=config.code.allow_unsafe)
+                                max_output_kib=config.code.max_output_kib, max_processes=config.code.max_processes,
+                                num_workers=config.num_workers, allow_unsafe=config.code.allow_unsafe)
         if judge.url is None:
             raise ValueError("rewards.judge.url is missing: problems without an answer or tests are judged by a "
                              "language model; give its OpenAI-compatible endpoint, for example "

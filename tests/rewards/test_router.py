@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from mindpangu.config import CodeRewardConfig, JudgeConfig, RewardsConfig
+from mindpangu.config import CodeRewardConfig, JudgeConfig, RewardsConfig, load_recipe
+from mindpangu.data.corpus import load_corpus
 from mindpangu.data.documents import Example, Message, task_type
 from mindpangu.rewards.router import Rewards
+from mindpangu.rewards.sandbox import Isolation
 from mindpangu.rewards.score import Response
 
 
@@ -57,6 +59,26 @@ def test_code_earns_the_share_of_tests_that_pass(rewards):
     assert [score.reason for score in scores] == ["correct", "wrong_answer", "syntax_error", "no_code"]
     with Rewards(RewardsConfig(code=CodeRewardConfig(partial_credit=False)), 100) as strict:
         assert [score.value for score in scored(strict, CODE, right, two_thirds)] == [1.0, -0.5]
+
+
+@pytest.mark.parametrize(("max_processes", "reason"), [(24, "correct"), (8, "runtime_error")])
+def test_how_many_threads_an_answer_may_have_is_the_recipes(max_processes, reason):
+    threads = ("```python\nimport threading\ndef f(n):\n    barrier = threading.Barrier(n)\n"
+               "    threads = [threading.Thread(target=barrier.wait, daemon=True) for _ in range(n)]\n"
+               "    for thread in threads: thread.start()\n    for thread in threads: thread.join()\n    return n\n```")
+    crowd = problem("Let n threads meet.", tests=("assert f(12) == 12",), task_type="code")
+    code = CodeRewardConfig(max_processes=max_processes, memory_mib=4096)  # room for the threads' stacks and arenas
+    with Rewards(RewardsConfig(code=code), 100) as rewards:
+        assert scored(rewards, crowd, threads)[0].reason == reason
+
+
+def test_where_nothing_isolates_code_the_recipe_has_to_allow_it(monkeypatch):
+    monkeypatch.setattr("mindpangu.rewards.sandbox.describe_isolation", Isolation)
+    with Rewards(RewardsConfig(), 100) as rewards, pytest.raises(ValueError, match="rewards.code.allow_unsafe=true"):
+        rewards.check([CODE])
+    with Rewards(RewardsConfig(code=CodeRewardConfig(allow_unsafe=True)), 100) as rewards:
+        rewards.check([CODE])
+        assert str(rewards.verifier("code").isolation) == str(Isolation())
 
 
 def test_an_answer_that_hangs_or_lies_gets_its_reward_and_the_others_theirs():
@@ -118,6 +140,20 @@ def test_problems_that_cannot_be_judged_are_named_at_the_start(rewards):
         rewards.check([STORY])
     assert [rewards.can_verify(p) for p in (MATH, CODE, STORY, problem(value="   ,"))] == [True, True, False, False]
     assert [task_type(p) for p in (MATH, CODE, STORY, problem("a"))] == ["math", "code", "preference", "preference"]
+
+
+def test_problems_in_the_form_of_gsm8k_are_grpos_as_they_are(rewards, tmp_path):
+    lines = [{"question": f"Tom has {i} apples and buys 1000 more. How many?",
+              "answer": f"He has {i}+1000=<<{i}+1000={i + 1000}>>{i + 1000}.\n#### {i + 1000:,}"} for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = load_recipe(["recipe=grpo", "init_from=run", "data=gsm8k", f"data.train=[{tmp_path}/train.jsonl]",
+                          "data.num_heldout=2"])
+    problems = load_corpus(recipe.data).train
+    assert len(problems) == 4 and {task_type(problem) for problem in problems} == {"math"}
+    rewards.check(problems)
+    number = int(problems[0].messages[-2].content.split()[2]) + 1000
+    scores = scored(rewards, problems[0], f"#### {number}", f"答案：{number:,}个", f"#### {number + 1}")
+    assert [score.value for score in scores] == [1.0, 1.0, -0.5]
 
 
 def test_scores_are_json(rewards):
