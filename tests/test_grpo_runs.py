@@ -191,3 +191,20 @@ def test_problems_of_several_kinds_train_together(copy):
     output = run(copy, "recipe=grpo", "data=problems", "data.train=[broken.jsonl]", "data.num_heldout=6",
                  f"init_from={start}", "run.dir=broken", "data.num_examples=0", code=1)
     assert "rewards.judge.url is missing" in output and "Traceback" not in output
+
+
+def test_problems_that_are_never_solved_are_left_out_and_stories_are_judged_in_training(copy, running_judge):
+    """A model of six steps solves nothing, so that the filter leaves the stories alone."""
+    problems = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i} for i in range(10, 22)]
+    problems += [{"prompt": f"Tell story {i}.", "task_type": "preference"} for i in range(12)]
+    (copy / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    start = next(copy.glob("runs/kd_student-smoke-*"))
+    with running_judge() as judge:
+        output = run(copy, "recipe=grpo", "data=problems", "data.train=[problems.jsonl]", "data.num_heldout=6",
+                     f"init_from={start}", "run.dir=stories", "train.steps=2", "data.num_examples=0",
+                     "grpo.pass_rate_samples=2", f"rewards.judge.url={judge.url}")
+    never = int(re.search(r"pass rate of 2: never (\d+), always 0, sometimes 0; (\d+) of 18 problems kept", output)[1])
+    rows = [json.loads(line) for text in completions(copy / "stories").values() for line in text.splitlines()]
+    assert {row["prompt"].partition(" ")[0] for row in rows} == {"Tell"} and never > 3
+    assert "judged" in {row["reason"] for row in rows} and all("correct" not in row["parts"] for row in rows)
+    assert "Pass rates before training" in (copy / "stories/report.html").read_text()
