@@ -1,5 +1,5 @@
-"""A teacher behind a server: oracles are an Annotator of this process on the same weights, replies in vLLM's form
-worked out by hand, and what the command line does with the teacher in its own process."""
+"""A teacher and a policy behind a server: oracles are an Annotator of this process on the same weights, replies in
+vLLM's form worked out by hand, and what the command line does with the teacher in its own process."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from mindpangu.config import load_recipe
+from mindpangu.config import RolloutConfig, RolloutServerConfig, load_recipe
 from mindpangu.data.batches import tokenized_to_samples
 from mindpangu.data.endpoint import Endpoint
 from mindpangu.data.shards import ShardFolder, SharedShards, read_shard
 from mindpangu.distillation.annotate import annotate
 from mindpangu.distillation.cache import decode_topk
-from mindpangu.distillation.remote import RemoteAnnotator
+from mindpangu.distillation.remote import RemoteAnnotator, RemoteGenerator
 
 VOCAB, ROW_LEN = 768, 128  # of the recipes at scale=smoke
 
@@ -178,13 +178,14 @@ class Replies(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Replying)
-        self.status, self.reply, self.bodies = 200, {}, []
+        self.status, self.reply, self.bodies, self.paths = 200, {}, [], []
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
 class Replying(BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.server.paths.append(self.path)
         content = json.dumps(self.server.reply).encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(content)))
@@ -205,7 +206,7 @@ def running_replies():
 
 @pytest.fixture
 def replies(running_replies):
-    running_replies.status, running_replies.bodies = 200, []
+    running_replies.status, running_replies.bodies, running_replies.paths = 200, [], []
     return running_replies
 
 
@@ -280,3 +281,75 @@ def test_vllms_refusals_come_with_the_options_that_it_needs(replies):
         connect(replies.url, 50).top_logprobs(SAMPLES)
     for words in ("kd.server: ", "max allowed: 20", "--max-logprobs 50", "--max-model-len 129"):
         assert words in str(error.value)
+
+
+# ---- A policy's rollouts, by replies in vLLM's form
+
+def policy(url, tmp_path, server=None, **rollout):
+    """A RemoteGenerator whose weights are a file that says how often they were handed over."""
+    versions = iter(range(1, 9))
+
+    def save_model(folder):
+        folder.mkdir(parents=True)
+        (folder / f"weights-{next(versions)}").touch()
+
+    config = RolloutConfig(samples_per_prompt=2, max_prompt_len=4, max_new_tokens=3, engine="openai",
+                           server=RolloutServerConfig(url=url, model="policy", **server or {}), **rollout)
+    endpoint = Endpoint(url, "policy", max_retries=0, timeout_s=60)
+    return RemoteGenerator(endpoint, config, eos_id=2, save_model=save_model, folder=tmp_path / "served")
+
+
+def vllm_choices():
+    """Two answers to one prompt: one that ended, with token ids, and one cut off, which names its tokens only."""
+    return {"choices": [
+        {"index": 1, "finish_reason": "length", "logprobs": {
+            "tokens": ["token_id:7", "token_id:8", "token_id:9"], "token_logprobs": [-0.5, -1.0, -2.0]}},
+        {"index": 0, "finish_reason": "stop", "token_ids": [5, 2], "logprobs": {
+            "tokens": ["token_id:5", "token_id:2"], "token_logprobs": [-0.25, -4.0]}}]}
+
+
+KEYS = [(3, 0, 0), (3, 0, 1)]
+
+
+def test_vllms_answers_are_token_ids_and_its_request_has_its_fields(replies, tmp_path):
+    replies.reply = vllm_choices()
+    ended, cut = policy(replies.url, tmp_path).generate([np.array([1, 6], np.int32)] * 2, KEYS)
+    assert (ended.tokens.tolist(), ended.logprobs.tolist(), ended.truncated) == ([5, 2], [-0.25, -4.0], False)
+    assert (cut.tokens.tolist(), cut.logprobs.tolist(), cut.truncated) == ([7, 8, 9], [-0.5, -1.0, -2.0], True)
+    assert not ended.kept_logprobs.any() and not cut.kept_logprobs.any()
+    [body] = replies.bodies
+    assert 0 <= body.pop("seed") < 2**62 and replies.paths == ["/v1/completions"]
+    assert body == {"model": "policy", "prompt": [[1, 6]], "n": 2, "max_tokens": 3, "temperature": 1.0, "top_p": 1.0,
+                    "top_k": -1, "logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True,
+                    "skip_special_tokens": False}
+
+
+@pytest.mark.parametrize(("change", "rollout", "words"), [
+    (lambda choices: choices[0]["logprobs"].update(tokens=["a", "b", "c"]), {}, "the reply has no token ids"),
+    (lambda choices: choices[0].pop("logprobs"), {}, "the reply has no token ids"),
+    (lambda choices: choices[1].pop("logprobs"), {}, "2 tokens came with 0 log-probabilities"),
+    (lambda choices: choices[1].update(token_ids=[5, 6]), {}, "does not end in the turn end, token 2"),
+    (lambda choices: choices.pop(), {}, "1 answers came, 2 were asked for"),
+    (lambda choices: None, {"top_p": 0.9}, "does not say how much probability they keep"),
+])
+def test_a_reply_without_what_training_needs_is_an_error(replies, tmp_path, change, rollout, words):
+    replies.reply = vllm_choices()
+    change(replies.reply["choices"])
+    with pytest.raises(ValueError) as error:
+        policy(replies.url, tmp_path, **rollout).generate([np.array([1, 6], np.int32)] * 2, KEYS)
+    assert str(error.value).startswith("rollout.") and words in str(error.value), error.value
+
+
+def test_weights_are_handed_over_where_and_how_the_recipe_says_and_only_when_they_have_changed(replies, tmp_path):
+    server = {"reload_url": replies.url.removesuffix("/v1") + "/collective_rpc",
+              "reload_body": '{"method": "reload_weights", "kwargs": {"weights_path": "{folder}"}}'}
+    generator = policy(replies.url, tmp_path, server)
+    for digest, version in (("a", 1), ("a", 1), ("b", 2)):
+        generator.load(digest)
+        assert [path.name for path in (tmp_path / "served").iterdir()] == [f"weights-{version}"]
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "served")}}
+    assert replies.bodies == [body] * 2 and replies.paths == ["/collective_rpc"] * 2
+    replies.status, replies.reply = 500, {"error": "out of memory"}
+    for _ in range(2):  # refused weights are not taken for loaded
+        with pytest.raises(OSError, match="rollout.server: .*/collective_rpc answered 500 to .*out of memory"):
+            generator.load("c")
