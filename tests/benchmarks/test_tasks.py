@@ -90,6 +90,15 @@ with Rewards(RewardsConfig(), 0) as rewards:
         for n in here:
             out[form][n] = {"right": scores[0][n], "wrong": scores[1][n],
                             "prompt": str(prompts[tasks[n][0].config.task]), "tasks": len(tasks[n])}
+    # Right at the first of three times only.
+    b = find_benchmarks("instruct", ["cluewsc"])
+    lm, asked = Knows(True), []
+    def sometimes(requests):
+        asked.extend([lm.sample_index, r.args[1]] for r in requests)
+        return [answer(r.doc, r.task_name) if lm.sample_index == 0 else "no idea" for r in requests]
+    lm.generate_until = sometimes
+    samples = run_tasks(lm, load_tasks(b, folder), chat=True, decoding=PRESETS["sampled_28k_mean3"], limit=2)
+    out["repeats"] = {"asked": asked, **summarize(b["cluewsc"], samples["cluewsc"])}
     if (Path(folder) / "ifeval").exists():
         b = find_benchmarks("instruct", ["ifeval"])
         t = load_tasks(b, folder)
@@ -180,6 +189,14 @@ def test_prompts_over_published_files_have_the_published_forms(measured):
     assert base["mbpp"]["prompt"].count("[BEGIN]") == 4 and base["mbpp"]["prompt"].count("[DONE]") == 3
     assert base["bbh"]["prompt"].count("So the answer is") == 3
     assert base["humaneval"]["prompt"].endswith('"""\n')
+
+
+def test_the_preset_of_v11_samples_every_question_three_times_and_takes_the_mean(measured):
+    found = measured["repeats"]
+    assert (found["k"], found["N"], found["items"]) == (2, 6, 2) and found["score"] == pytest.approx(100 / 3)
+    assert [index for index, _ in found["asked"]] == [0, 0, 1, 1, 2, 2]
+    for _, arguments in found["asked"]:
+        assert arguments.items() >= {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "max_gen_toks": 28672}.items()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no published benchmarks are at hand")
