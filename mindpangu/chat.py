@@ -218,14 +218,14 @@ def _open(options):
     return runner, Tokenizer(folder / "tokenizer.model")
 
 
-def bench(runner, tokenizer, lengths, load_s):
+def bench(runner, tokenizer, lengths, load_s, device):
     """Print what an answer costs."""
     prompt_len, answer_len = lengths
     times = measure(runner, prompt_len, answer_len, tokenizer.vocab_size)
     say(f"{prompt_len} tokens in, {answer_len} out, one at a time, on this machine:")
     say(f"  to the first token   {1e3 * times.first_token_s:9.1f} ms")
     say(f"  each further token   {1e3 * times.per_token_s:9.1f} ms   {1 / times.per_token_s:.1f} tokens/s")
-    say(f"  peak memory          {peak_memory_gib():9.2f} GiB")
+    say(f"  peak memory          {peak_memory_gib(device):9.2f} GiB")
     say(f"  to load              {load_s:9.1f} s")
 
 
@@ -248,7 +248,7 @@ def main():
         started = time.monotonic()
         runner, tokenizer = _open(options)
         if lengths:
-            bench(runner, tokenizer, lengths, time.monotonic() - started)
+            bench(runner, tokenizer, lengths, time.monotonic() - started, options.device)
             return
         chat = Chat(runner, tokenizer, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
                     seed=options.seed)

@@ -78,7 +78,8 @@ def evaluate(recipe, overrides):
             results = _measure(plan, benchmarks) | {"files": digests}
             write_atomic(path, json.dumps(results, indent=1))
             write_atomic(plan.folder / "done.json", json.dumps(
-                {"step": 0, "seconds": results["seconds"], "peak_memory_gib": round(peak_memory_gib(), 3),
+                {"step": 0, "seconds": results["seconds"],
+                 "peak_memory_gib": round(peak_memory_gib(recipe.run.device), 3),
                  "after": {name: found["score"] / 100 for name, found in results["benchmarks"].items()}}))
             write_atomic(plan.folder / "report.html", draw_report([read_run(plan.folder)]))
         say(as_text(results))

@@ -665,8 +665,8 @@ def _finish(plan, loop, first, last):
     """Write done.json (what came out, before and after, with wall time and peak memory) and report.html."""
     from .tools.report import draw_report, read_run
 
-    summary = {"seconds": round(loop.seconds(), 1), "peak_memory_gib": round(peak_memory_gib(), 3),
-               "before": first, "after": last}
+    summary = {"seconds": round(loop.seconds(), 1),
+               "peak_memory_gib": round(peak_memory_gib(plan.recipe.run.device), 3), "before": first, "after": last}
     loop.finish(summary)
     if world().is_main:
         write_atomic(plan.folder / "report.html", draw_report([read_run(plan.folder)]))
@@ -794,7 +794,7 @@ def _answers(plan, split, model=None, folder=None, samples_per_prompt=None):
         answers = [_read_answers(shards, i) for i in range(num_shards)]
         count, tokens = sum(map(len, answers)), sum(len(a.logprobs) for a in answers)
         truncated = sum(int(a.truncated.sum()) for a in answers)
-        _note(folder, started, f"rollout: {count} answers, {tokens} tokens, {truncated / count:.1%} truncated",
+        _note(plan, folder, started, f"rollout: {count} answers, {tokens} tokens, {truncated / count:.1%} truncated",
               {"answers": count, "tokens": tokens, "truncated": truncated})
     return shards
 
@@ -867,8 +867,9 @@ def _annotations(plan, split, model=None, folder=None):
                              "longer first.")
         if not world().is_main:
             return shards
-        _note(folder, started, f"annotate: {tokens} supervised tokens{kept}, {topk_bytes / max(1, tokens):.1f} bytes "
-              "each with their prompts", {"supervised_tokens": tokens, "bytes": topk_bytes, "dropped": dropped})
+        _note(plan, folder, started,
+              f"annotate: {tokens} supervised tokens{kept}, {topk_bytes / max(1, tokens):.1f} bytes each with their "
+              "prompts", {"supervised_tokens": tokens, "bytes": topk_bytes, "dropped": dropped})
     return shards
 
 
@@ -917,9 +918,9 @@ def _examples_digest(plan, split):
     return make_key(f"examples {split}", data, plan.files)
 
 
-def _note(folder, started, text, numbers):
+def _note(plan, folder, started, text, numbers):
     seconds = round(time.monotonic() - started, 1)
-    measured = {"seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3), **numbers}
+    measured = {"seconds": seconds, "peak_memory_gib": round(peak_memory_gib(plan.recipe.run.device), 3), **numbers}
     write_atomic(folder / "summary.json", json.dumps(measured))
     say(f"{text}, {format_seconds(seconds)}")
 

@@ -236,7 +236,8 @@ class Loop:
                 window.add(loss, norm, metrics, num_tokens, ready - started, time.monotonic() - started)
                 if self.step % self.run.log_every == 0 or self.step == until_step:
                     values = window.take(self.metric_names) | batches.take_metrics() | {
-                        "lr": lr, "memory_gib": round(peak_memory_gib(), 3), "num_tokens": self.num_tokens}
+                        "lr": lr, "memory_gib": round(peak_memory_gib(self.run.device), 3),
+                        "num_tokens": self.num_tokens}
                     values |= self.ranks.measure(values)
                     if self.flops_per_token and self.peak_flops:
                         values["mfu"] = values["tokens_per_s"] * self.flops_per_token / self.peak_flops

@@ -171,6 +171,12 @@ def test_two_phases_with_one_schedule_and_optimizer_are_the_run_in_one(mindspore
     assert [row["lr"] for row in _rows(tmp_path / "second")] == [row["lr"] for row in _rows(tmp_path / "whole")][3:]
 
 
+def test_the_memory_in_a_step_line_is_that_of_the_device(mindspore_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(mindspore_cpu.runtime, "max_memory_allocated", lambda: 3 << 30)  # stands for an NPU's
+    _loop(tmp_path, _model(), "eager", num_steps=1, device="Ascend").fit(_batches(), 1)
+    assert [row["memory_gib"] for row in _rows(tmp_path)] == [3.0]
+
+
 def test_metrics_written_after_the_last_checkpoint_are_not_kept_twice(mindspore_cpu, tmp_path):
     _loop(tmp_path, _model()).fit(_batches(), 4)
     with open(tmp_path / "metrics.jsonl", "a") as file:

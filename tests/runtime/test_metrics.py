@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from mindpangu.runtime.metrics import step_line
+from mindpangu.runtime.metrics import peak_memory_gib, step_line
 
 PARENT = """
 import subprocess, sys
-from mindpangu.runtime.metrics import peak_memory_gib
+from mindpangu.runtime.metrics import peak_memory_gib, step_line
 
 before = peak_memory_gib()
 block = bytearray(200 << 20)
@@ -34,3 +34,9 @@ def test_the_step_line_of_grpo_says_what_the_policy_does_beside_what_every_run_s
         "step 7/200  loss -0.0123  reward 0.6371  kl 0.0103  entropy 0.0427  correct 75.8%  dead_groups 33.0%  "
         "truncated 2.1%  rollout_time 25.1%  answer_len 25.2  grad_norm 0.457  lr 2.00e-04  tok/s 12,346  mfu n/a  "
         "data 25.0%  mem 0.91 GiB  eta 10m05s")
+
+
+def test_on_an_npu_peak_memory_is_that_of_its_tensors(mindspore_cpu, monkeypatch):
+    """The NPU by a stand-in: MindSpore counts bytes, and on a CPU gives 0."""
+    monkeypatch.setattr(mindspore_cpu.runtime, "max_memory_allocated", lambda: 3 << 30)
+    assert peak_memory_gib("Ascend") == 3 != peak_memory_gib("CPU") > 0
