@@ -5,6 +5,7 @@ in float16, the tokenizer, the chat template, converter_lite's configuration and
 manifest; python -m mindpangu.chat --mindir FOLDER talks to it. The authors ran neither converter nor device.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,7 +29,7 @@ from mindpangu.model.mindir import (
 )
 from mindpangu.model.weights import load_model, read_config, save_weights
 from mindpangu.pipeline import Plan, entry_point, make_key, require_alone
-from mindpangu.runtime.checkpoint import find_model, fsync_folder
+from mindpangu.runtime.checkpoint import LOCK, find_model, fsync_folder, lock_folder
 from mindpangu.runtime.device import start
 from mindpangu.runtime.metrics import format_seconds, peak_memory_gib, say
 
@@ -55,28 +56,46 @@ def export(recipe, overrides):
         chosen = {name: value for name, value in as_dict(config).items() if name not in _NO_PART_IN_RESULTS}
         plan.key = make_key("export", chosen | {"encrypted": key is not None}, plan.key)
         folder = Path(recipe.run.dir or plan.root / f"{recipe.recipe}-{recipe.scale}-{plan.key}")
-        if folder.exists():
-            if not (folder / "manifest.json").is_file() or read_manifest(folder)["key"] != plan.key:
-                raise ValueError(f"{folder} holds something else than this export: choose another run.dir, or leave "
-                                 "run.dir out.")
-            if key and not is_sealed_with(folder, key):
-                raise ValueError(f"{folder} is this export, encrypted with another key: choose another run.dir, or "
-                                 "remove it.")
-            say(f"{recipe.recipe}: already complete in {folder}")
+        if _is_there(folder, plan, key):
             return folder
         started = time.monotonic()
-        start(recipe.run, runs_ops=False)
         aside = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
+        with lock_folder(aside), contextlib.ExitStack() as unless_done:
+            unless_done.callback(shutil.rmtree, aside, ignore_errors=True)
+            if _is_there(folder, plan, key):  # another process has written it meanwhile
+                return folder
+            _clear(aside)
+            start(recipe.run, runs_ops=False)
             _write(plan, model_config, aside, key)
             os.rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            unless_done.pop_all()
+            # Last: until the folder has its name, the lock has to keep others out.
+            (folder / LOCK).unlink()
         fsync_folder(folder.parent)
         _say_what_there_is(folder, time.monotonic() - started)
         return folder
+
+
+def _is_there(folder, plan, key):
+    """Whether a folder holds this export. Raises ValueError if it holds something else."""
+    if not folder.exists():
+        return False
+    if not (folder / "manifest.json").is_file() or read_manifest(folder)["key"] != plan.key:
+        raise ValueError(f"{folder} holds something else than this export: choose another run.dir, or leave run.dir "
+                         "out.")
+    if key and not is_sealed_with(folder, key):
+        raise ValueError(f"{folder} is this export, encrypted with another key: choose another run.dir, or remove it.")
+    say(f"{plan.recipe.recipe}: already complete in {folder}")
+    return True
+
+
+def _clear(folder):
+    """Remove what a killed export left beside the lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _with_model(recipe):

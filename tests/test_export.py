@@ -26,8 +26,8 @@ from mindpangu.data.tokenizer import Tokenizer
 from mindpangu.export import export, long_form
 from mindpangu.model.edge import half_weights
 from mindpangu.model.mindir import read_manifest
-from mindpangu.model.runner import GraphRunner, lite_graphs, stream
-from mindpangu.runtime.checkpoint import find_model
+from mindpangu.model.runner import GraphRunner, choose, lite_graphs, stream
+from mindpangu.runtime.checkpoint import find_model, lock_folder
 
 BUCKETS, CACHE_LEN = [40, 128], 256
 OVERRIDES = ["recipe=export_mindir", f"export.buckets={BUCKETS}".replace(" ", ""), f"export.cache_len={CACHE_LEN}"]
@@ -247,6 +247,23 @@ def test_a_second_start_finds_the_export_and_leaves_other_things_alone(exported,
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="holds something else"):
         export(load_recipe([*overrides, f"run.dir={tmp_path / 'mine'}"]), overrides)
+
+
+def test_two_exports_into_one_folder_are_refused_and_what_a_killed_one_left_is_not_taken_over(trained, tmp_path):
+    overrides = [*OVERRIDES, f"init_from={trained}", f"run.dir={tmp_path / 'out'}", "export.hugging_face=null"]
+    aside = tmp_path / ".out.writing"
+    with lock_folder(aside):
+        (aside / "converter").mkdir()
+        (aside / "weights.data").write_text("another's")
+        with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()}\).*another run.dir"):
+            export(load_recipe(overrides), overrides)
+        assert (aside / "weights.data").read_text() == "another's" and not (tmp_path / "out").exists()
+    (aside / "left").write_text("by a killed export")
+    done = run("export", *overrides, cwd=tmp_path)  # not here: an export chooses the kernels of its process
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == read_manifest(tmp_path / "out")["files"].keys() | {"manifest.json"}
 
 
 def test_transformers_opens_the_hugging_face_folder_and_its_tokenizer_gives_our_token_ids(exported, trained):

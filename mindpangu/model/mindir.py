@@ -143,9 +143,9 @@ def _sealed(data, key):
 
 
 def write_manifest(folder, content):
-    """manifest.json: the content, and size and SHA-256 of every file that lies in the folder."""
+    """manifest.json: the content, and size and SHA-256 of every file that lies in the folder, but of hidden ones."""
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     digests = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
                for path in files}
     manifest = {"format_version": FORMAT_VERSION, **content, "files": digests}

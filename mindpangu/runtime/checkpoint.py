@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 FORMAT_VERSION = 2
+LOCK = ".lock"  # a file in a folder that is being written
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -55,7 +56,7 @@ def lock_folder(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closing it gives up the lock
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - closing it gives up the lock
     except OSError as error:
         raise OSError(error.errno, f"cannot write to the run folder {folder} ({error.strerror}): "
                                    "choose another run.root or run.dir") from error
