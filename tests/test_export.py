@@ -456,6 +456,55 @@ def test_a_prompt_longer_than_the_largest_bucket_and_an_empty_one_are_refused(ru
             runner.prefill(np.ones(length, np.int32))
 
 
+@pytest.fixture(scope="module")
+def overflowing(trained, tmp_path_factory):
+    """(export folder, token): what flows between layers overflows float16 at that token, at no other one."""
+    home = tmp_path_factory.mktemp("overflowing")
+    folder = Path(shutil.copytree(trained, home / "model"))
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    token = int(tokenizer.encode("7")[-1])
+    hidden_size = weights["model.embed_tokens.weight"].shape[1]
+    # Alone in its dimension, it is the square root of the hidden size there after a norm, and no other token is more
+    # than 0.75 of that. swiglu squares 316 times the share.
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[token] = 0
+    embedding[token, 0] = 10 * np.abs(embedding).max()
+    weights["model.layers.0.post_attention_layernorm.weight"][0] = 1
+    for name in ("gate", "up"):
+        weights[f"model.layers.0.mlp.{name}_proj.weight"][0] = 0
+        weights[f"model.layers.0.mlp.{name}_proj.weight"][0, 0] = 316 / np.sqrt(hidden_size)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = run("export", *OVERRIDES, f"from={folder}", "run.dir=out", "export.hugging_face=null", cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home / "out", token
+
+
+def test_an_overflow_is_told_and_the_next_prompt_is_answered_as_if_it_had_not_been(overflowing):
+    folder, token = overflowing
+    runner = GraphRunner(folder)
+    good = np.array([1, 9, 10, 11], np.int32)
+    long = np.resize(good, BUCKETS[0] + 5)  # reaches over what a short prompt's padding writes anew
+    assert token not in good
+    expected = runner.prefill(good)
+    assert np.isfinite(expected).all()
+    words = "logits are not finite: .* too large for float16; compare with the checkpoint"
+    with pytest.raises(ValueError, match=words):
+        list(stream(runner, np.append(long, np.int32(token)), eos_id=-1, max_new_tokens=4))
+    np.testing.assert_array_equal(runner.prefill(good), expected)
+    choose(runner.prefill(long), 0, None)
+    with pytest.raises(ValueError, match=words):
+        choose(runner.decode(token), 0, None)  # in the middle of an answer
+    np.testing.assert_array_equal(runner.prefill(good), expected)
+
+
+def test_the_chat_ends_with_the_reason_instead_of_what_overflowed(overflowing, tmp_path):
+    folder, _ = overflowing
+    done = run("chat", "--mindir", folder, "7 7 7", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout.partition("> ")[2] == "7 7 7\n" and "Traceback" not in done.stderr
+    assert "error: the model's logits are not finite" in done.stderr
+
+
 def test_an_answer_ends_with_the_cache(runner):
     prompt = np.full(BUCKETS[-1], 5, np.int32)
     assert len(list(stream(runner, prompt, eos_id=-1, max_new_tokens=1000))) == CACHE_LEN - BUCKETS[-1] + 1

@@ -69,14 +69,21 @@ def cell_graphs(folder, manifest, key):
     for name, parameter in decode.parameters_and_names():
         parameter.set_data(weights[name])  # the same memory, which has to be before the graph is compiled
     count = len(manifest["graphs"]["inputs"]) - 3
-    caches = [Tensor(np.zeros(manifest["graphs"]["cache_shape"], np.float16)) for _ in range(count)]
+
+    def empty_caches():
+        return [Tensor(np.zeros(manifest["graphs"]["cache_shape"], np.float16)) for _ in range(count)]
+
+    caches = empty_caches()
 
     def run(tokens, positions, last):
         nonlocal caches
         graph = decode if len(tokens) == 1 else prefill
         # What is left in the caches of an earlier prompt lies behind the positions that are looked at.
-        logits, *caches = graph(Tensor(tokens), Tensor(positions), Tensor(np.array([last], np.int32)), *caches)
-        return logits.asnumpy()[0]
+        outputs = graph(Tensor(tokens), Tensor(positions), Tensor(np.array([last], np.int32)), *caches)
+        logits = outputs[0].asnumpy()[0]
+        # Behind them it has the weight 0, and 0 times NaN is NaN: an overflow would spoil every later answer.
+        caches = outputs[1:] if np.isfinite(logits).all() else empty_caches()
+        return logits
 
     return run
 
@@ -108,8 +115,12 @@ def lite_graphs(model_file, device_id=0):
         device, shape = f"ascend:{device_id}", manifest["graphs"]["cache_shape"]
         count = len(manifest["graphs"]["inputs"]) - 3
         empty = np.zeros(shape, np.float16)
+
+        def empty_caches():
+            return [lite.Tensor(empty, device=device) for _ in range(count)]
+
         # Two sets of caches that stay on the device: what one call writes, the next one reads.
-        caches, others = ([lite.Tensor(empty, device=device) for _ in range(count)] for _ in range(2))
+        caches, others = empty_caches(), empty_caches()
         vocab_size = manifest["model"]["vocab_size"]
         shape_of_now = None
 
@@ -120,9 +131,9 @@ def lite_graphs(model_file, device_id=0):
                 model.resize(model.get_inputs(), [[shape_of_now], [shape_of_now], [1], *[list(shape)] * count])
             logits = lite.Tensor(shape=[1, vocab_size], dtype=lite.DataType.FLOAT32)
             inputs = [lite.Tensor(tokens), lite.Tensor(positions), lite.Tensor(np.array([last], np.int32)), *caches]
-            outputs = model.predict(inputs, [logits, *others])
-            caches, others = others, caches
-            return outputs[0].get_data_to_numpy().reshape(-1)
+            found = model.predict(inputs, [logits, *others])[0].get_data_to_numpy().reshape(-1)
+            caches, others = (others, caches) if np.isfinite(found).all() else (empty_caches(), empty_caches())
+            return found
 
         return run
 
@@ -221,15 +232,18 @@ class Times(NamedTuple):
 
 
 def measure(runner, prompt_len, answer_len, vocab_size):
-    """Times of an answer of answer_len tokens to a prompt of random ones, after one that compiles the graphs."""
+    """Times of an answer of answer_len tokens to a prompt of random ones, after one that compiles the graphs.
+
+    Raises ValueError for lengths that do not fit, and where logits are not finite.
+    """
     if answer_len < 2 or prompt_len + answer_len > runner.cache_len + 1:
         raise ValueError(f"a prompt of {prompt_len} tokens and an answer of {answer_len}: expected at least 2 in the "
                          f"answer, and {runner.cache_len + 1} together, for a cache of {runner.cache_len}.")
     prompt = np.random.default_rng(0).integers(3, vocab_size, prompt_len).astype(np.int32)
-    runner.decode(int(runner.prefill(prompt).argmax()))
+    runner.decode(choose(runner.prefill(prompt), 0, None))
     started = time.monotonic()
-    token = int(runner.prefill(prompt).argmax())
+    token = choose(runner.prefill(prompt), 0, None)
     first = time.monotonic()
     for _ in range(answer_len - 1):
-        token = int(runner.decode(token).argmax())
+        token = choose(runner.decode(token), 0, None)
     return Times(first - started, (time.monotonic() - first) / (answer_len - 1))
