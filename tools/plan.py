@@ -44,6 +44,7 @@ class Plan:
     devices: int = 8
     micro_batch_rows: int = 1  # rows of one forward and backward pass
     sequence_parallel: int = 1  # devices that share the tokens of a row
+    vocab_parallel: bool = False  # in distillation these devices divide the vocabulary in the loss, too
     shard: str = "optimizer"  # none | optimizer | gradients
     recompute: bool = False  # keep only each layer's input
     moments_dtype: str = "float32"  # float32 | bfloat16
@@ -181,11 +182,17 @@ def evaluate(plan, config, device):
                   _exchange_s(plan, config, device), update / (device.memory_gbs * 1e9), warnings)
 
 
+def _divides_vocabulary(plan):
+    """Whether the loss is divided: distillation's alone is; a plan without a stage is taken for one."""
+    return plan.vocab_parallel and plan.sequence_parallel > 1 and plan.stage in ("", "kd_student")
+
+
 def _memory(plan, config):
     division = _divide(plan)
     return training_memory(
         config, division.micro_rows * plan.seq_len, num_micro_batches=division.micro_batches, num_ranks=plan.devices,
-        shard=plan.shard, sequence_parallel=plan.sequence_parallel, recompute=plan.recompute,
+        shard=plan.shard, sequence_parallel=plan.sequence_parallel, vocab_parallel=_divides_vocabulary(plan),
+        recompute=plan.recompute,
         moment_bytes=2 if plan.moments_dtype == "bfloat16" else 4, logits_chunk=plan.logits_chunk)
 
 
@@ -204,8 +211,14 @@ def _warnings(plan, config, rows, data_ranks):
     if plan.devices % plan.sequence_parallel:
         warnings.append(f"devices={plan.devices} is not a multiple of sequence_parallel={plan.sequence_parallel}: "
                         "the trainer refuses it.")
+    if plan.vocab_parallel and plan.sequence_parallel == 1:
+        warnings.append("vocab_parallel=true with sequence_parallel=1: the trainer refuses it.")
+    elif plan.vocab_parallel and not _divides_vocabulary(plan):
+        warnings.append(f"vocab_parallel=true changes nothing in {plan.stage}: distillation's loss alone is divided.")
     if plan.seq_len % plan.sequence_parallel:
-        warnings.append(f"seq_len={plan.seq_len} is not a multiple of sequence_parallel={plan.sequence_parallel}.")
+        warnings.append(f"seq_len={plan.seq_len} is not a multiple of sequence_parallel={plan.sequence_parallel}: the "
+                        "trainer refuses it, unless micro_batch_rows makes up for it; use seq_len="
+                        f"{plan.seq_len // plan.sequence_parallel * plan.sequence_parallel}.")
     if rows % data_ranks:
         waits = "some devices have nothing to do" if rows < data_ranks else "some devices wait for others"
         warnings.append(f"the {rows} rows of a step can't be divided among {data_ranks} ranks: the trainer refuses it, "
@@ -255,7 +268,11 @@ def _exchange_s(plan, config, device):
     tokens = division.micro_rows * plan.seq_len / plan.sequence_parallel
     values = tokens * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.num_layers
     passes = (3 if plan.recompute else 2) * division.micro_batches
-    return num_ways * one_way + passes * ring(2 * values, plan.sequence_parallel, device.server_gbs)
+    shared = passes * ring(2 * values, plan.sequence_parallel, device.server_gbs)
+    if _divides_vocabulary(plan):  # hidden states gathered in bfloat16, their gradients summed in float32
+        hidden_bytes = (2 + 4) * division.micro_rows * plan.seq_len * config.hidden_size
+        shared += division.micro_batches * ring(hidden_bytes, plan.sequence_parallel, device.server_gbs)
+    return num_ways * one_way + shared
 
 
 def _duration(seconds):
@@ -269,6 +286,7 @@ def _duration(seconds):
 def _print(plan, config, device):
     result = evaluate(plan, config, device)
     memory, tokens = result.memory, result.rows_per_step * plan.seq_len
+    of_each = f" of each of {plan.sequence_parallel} devices" * _divides_vocabulary(plan)
     table = Table(title=f"{plan.model} on {plan.devices} x {plan.device}" + (f", {plan.stage}" if plan.stage else ""))
     table.add_column("quantity")
     table.add_column("value", justify="right")
@@ -284,7 +302,8 @@ def _print(plan, config, device):
         ("  activations", f"{memory.activations / GIB:.2f} GiB",
          "bfloat16, each layer's input and one layer's" if plan.recompute else "bfloat16, of all layers"),
         ("  temporaries", f"{memory.temporaries / GIB:.2f} GiB", "of the layer at work"),
-        ("  logits", f"{memory.logits / GIB:.2f} GiB", f"of {plan.logits_chunk} positions, and their gradient"),
+        ("  logits", f"{memory.logits / GIB:.2f} GiB",
+         f"of {plan.logits_chunk} positions{of_each}, and their gradient"),
         ("time of a step", _duration(result.step_s), f"{tokens / result.step_s:,.0f} tokens/s"),
         ("  products", _duration(result.compute_s), f"mfu={plan.mfu:g} of {device.tflops:g} TFLOPS: an assumption"),
         ("  exchange", _duration(result.exchange_s), "at the links' peak, not overlapped"),

@@ -121,6 +121,24 @@ def test_each_way_to_share_takes_its_part_off():
     assert half.optimizer == alone.optimizer // 2
 
 
+def test_a_divided_vocabulary_takes_what_was_worked_out_by_hand():
+    config = load_config("openpangu_1b")
+    whole = training_memory(config, 32768, sequence_parallel=2)
+    divided = training_memory(config, 32768, sequence_parallel=2, vocab_parallel=True)
+    share = 153_376 // 2 * 1536
+    assert whole.weights - divided.weights == 2 * share  # of the projection's copy in bfloat16
+    assert (whole.gradients, divided.gradients) == (10 * 2 * share, 10 * share)
+    # A chunk of each rank, half of the vocabulary: as many logits. 4096 gathered hidden states in bfloat16, and their
+    # gradient in bfloat16 and float32.
+    assert divided.logits - whole.logits == 4096 * 1536 * 8
+    assert divided.activations == whole.activations and divided.optimizer == whole.optimizer
+    # With few logits at a time what follows is more: the share's gradient twice, and the whole with zeros in float32.
+    few = training_memory(config, 32768, sequence_parallel=2, vocab_parallel=True, logits_chunk=1024)
+    assert (few.gradients, few.logits) == (8 * share + 4 * 2 * share, 0)
+    # Of 3 ranks the first has 51,126 tokens of the vocabulary.
+    assert training_memory(config, 32768, sequence_parallel=3, vocab_parallel=True).gradients == 10 * 51_126 * 1536
+
+
 def test_short_batches_peak_when_all_gradients_are_there():
     config = load_config("openpangu_1b")
     memory = training_memory(config, 256)
@@ -131,7 +149,11 @@ def test_short_batches_peak_when_all_gradients_are_there():
     assert shared.gradients - memory.gradients == 4 * (1_155_912_192 + 3 * 235_585_536)
 
 
-@pytest.mark.parametrize("options, complaint", [({"shard": "weights"}, "optimizer"), ({"device": "GPU"}, "Ascend")])
+@pytest.mark.parametrize("options, complaint", [
+    ({"shard": "weights"}, "optimizer"), ({"device": "GPU"}, "Ascend"),
+    ({"vocab_parallel": True}, "sequence_parallel above 1"),
+    ({"vocab_parallel": True, "sequence_parallel": 2, "device": "CPU"}, "on a CPU, .* not modelled"),
+])
 def test_unknown_choices_are_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         training_memory(load_config("openpangu_1b"), 1024, **options)

@@ -70,6 +70,19 @@ def test_sequence_parallel_shares_rows_and_sends_heads():
                                            sequence_parallel=2)
 
 
+def test_a_divided_vocabulary_takes_memory_off_and_sends_hidden_states():
+    plain = evaluate(_plan(sequence_parallel=2), ONE_B, DEVICE)
+    divided = evaluate(_plan(sequence_parallel=2, vocab_parallel=True), ONE_B, DEVICE)
+    assert divided.memory == training_memory(ONE_B, 4096, num_micro_batches=16, num_ranks=8, shard="none",
+                                             sequence_parallel=2, vocab_parallel=True)
+    assert divided.memory.weights < plain.memory.weights and divided.compute_s == plain.compute_s
+    # 16 micro-batches of 4096 tokens: gathered in 2 bytes, summed in 4; half comes from the other device.
+    assert divided.exchange_s - plain.exchange_s == pytest.approx(16 * 4096 * 1536 * 6 / 2 / 100e9)
+    assert evaluate(_plan(sequence_parallel=2, vocab_parallel=True, stage="kd_student"), ONE_B, DEVICE) == divided
+    other = evaluate(_plan(sequence_parallel=2, vocab_parallel=True, stage="sft_fast"), ONE_B, DEVICE)
+    assert other.memory == plain.memory and other.exchange_s == plain.exchange_s
+
+
 def test_rows_are_taken_as_the_trainer_takes_them():
     # Of 8 rows a rank: 3 do not divide them, 2 do.
     assert evaluate(_plan(micro_batch_rows=3), ONE_B, DEVICE)[4:6] == (4, 2)
@@ -86,7 +99,10 @@ def test_rows_are_taken_as_the_trainer_takes_them():
     ({"batch_tokens": 100_000}, "24 rows, 98,304 tokens"),
     ({"seq_len": 65536, "batch_tokens": 64 * 65536}, "model.max_seq_len=32768"),
     ({"seq_len": 4095, "batch_tokens": 64 * 4095, "sequence_parallel": 2}, "seq_len=4095 is not a multiple"),
+    ({"seq_len": 32768, "batch_tokens": 64 * 32768, "sequence_parallel": 6, "devices": 6}, "use seq_len=32766"),
     ({"moments_dtype": "bfloat16"}, "rounds the second moment"),
+    ({"vocab_parallel": True}, "vocab_parallel=true with sequence_parallel=1: the trainer refuses it"),
+    ({"vocab_parallel": True, "sequence_parallel": 2, "stage": "grpo"}, "vocab_parallel=true changes nothing in grpo"),
     ({"seq_len": 32768, "batch_tokens": 64 * 32768}, "does not fit"),
 ])
 def test_what_the_trainer_refuses_or_wastes_is_said(values, said):
@@ -148,6 +164,7 @@ def test_the_command_prints_a_plan_and_all_stages(tmp_path):
     (["shard=weights"], "gradients"), (["moments_dtype=float16"], "bfloat16"), (["model=pangu"], "openpangu_1b"),
     (["model.layers=3"], "num_layers"), (["budget_tokens=-1"], "budget_tokens=-1"),
     (["document_len=8192"], "seq_len=4096"), (["devices"], "name=value"),
+    (["vocab_parallel=perhaps"], "vocab_parallel"),
 ])
 def test_bad_arguments_are_refused_with_what_is_possible(arguments, complaint):
     done = run(*arguments)
