@@ -629,6 +629,8 @@ class RunConfig(_Section):
     shard: str = "optimizer"  # of several ranks, each has: none: everything | optimizer: its share of the optimizer's
     #                           state (ZeRO 1) | gradients: of summed gradients too (ZeRO 2), for which they are summed
     #                           after every micro-batch and not once a step
+    step_timeout_s: float = 1800.0  # of several ranks: how long one may be in a step, which begins with compiling it,
+    #                                 before the job ends and names the rank that has not come; 0: without end
     peak_tflops: float = 0.0  # of the device at this precision, for MFU; 0: unknown, MFU n/a
     log_every: int = 10  # steps between step lines
     save_every: int = 500  # steps between checkpoints
@@ -641,6 +643,7 @@ class RunConfig(_Section):
         _one_of("run.precision", self.precision, ("float32", "bfloat16", "float16"))
         _one_of("run.shard", self.shard, ("none", "optimizer", "gradients"))
         _at_least("run.sequence_parallel", self.sequence_parallel, 1)
+        _at_least("run.step_timeout_s", self.step_timeout_s, 0)
         _require(not self.vocab_parallel or self.sequence_parallel > 1,
                  "run.vocab_parallel=true with run.sequence_parallel=1: the vocabulary is divided among the ranks that "
                  "share their rows.")

@@ -4,7 +4,7 @@ msrun starts the same command once as scheduler and once per rank. The scheduler
 that every rank keeps a connection to: small values travel over it (gradients do not, see ops.collectives), and the
 kernel closes it with its process. A rank that is killed so ends the others within a second, one whose machine is lost
 within a minute, by TCP's keep-alive, which needs no thread of a busy process. MindSpore's own collectives would wait
-30 to 60 s and name no rank.
+30 to 60 s and name no rank. One that hangs keeps its connection: what tells is that the others wait in a step for it.
 """
 
 import contextlib
@@ -61,6 +61,17 @@ class World:
     def on_main(self, what, function):
         """function()'s result, JSON-able, from rank 0, which alone calls it; the others wait for it."""
         return self.gather(what, function() if self.is_main else None)[0]
+
+    @contextlib.contextmanager
+    def meeting(self, what, limit_s):
+        """A context in which ranks wait for each other without the hub, as in a step's collectives. Where a rank stays
+        in it longer than limit_s, the hub ends the job and names those that have not come to it. limit_s 0: never."""
+        if not self._connection or not limit_s:
+            yield
+            return
+        _send(self._connection, {"enter": what, "limit_s": limit_s})
+        yield
+        _send(self._connection, {"exit": what})
 
     def fail(self, message):
         """Tell all ranks why this one ends; they end with it."""
@@ -172,6 +183,7 @@ class Hub:
         self._ranks = {}  # rank -> its connection
         self._names = {}  # rank -> "rank 3 (host, process 1234)"
         self._waiting = {}  # rank -> (what, value) of the gather under way
+        self._inside = {}  # rank -> (what, its limit in s, until when) of the meeting that it is in
         self._left = set()
 
     def run(self):
@@ -191,6 +203,7 @@ class Hub:
                     for key, _ in heard:
                         if not self._hear(key.data, key.fileobj):
                             selector.unregister(key.fileobj)
+                    self._check_time()
         except JobFailed as error:
             for connection in self._ranks.values():
                 with contextlib.suppress(OSError):
@@ -247,6 +260,10 @@ class Hub:
             raise JobFailed(f"{self._names[rank]} stopped: {message['fail']}")
         if "leave" in message:
             self._left.add(rank)
+        elif "enter" in message:
+            self._inside[rank] = message["enter"], message["limit_s"], time.monotonic() + message["limit_s"]
+        elif "exit" in message:
+            del self._inside[rank]
         else:
             self._waiting[rank] = message["gather"], message["value"]
         if self._left and self._waiting:
@@ -266,9 +283,30 @@ class Hub:
                     raise self._lost(r) from None
         return True
 
+    def _check_time(self):
+        now = time.monotonic()
+        late = [rank for rank, (_, _, end) in self._inside.items() if now > end]
+        if not late:
+            return
+        what, limit_s, _ = self._inside[min(late)]
+        there = {rank for rank, (other, _, _) in self._inside.items() if other == what}
+        absent = ", ".join(name for rank, name in sorted(self._names.items()) if rank not in there)
+        found = (f"{absent} did not come to {what}, where another has waited for {limit_s:g} s: it hangs" if absent else
+                 f"all ranks have been in {what} for {limit_s:g} s: one of them hangs, or a link between them")
+        raise JobFailed(f"{found}; see their log files. If it takes as long, raise run.step_timeout_s={limit_s:g}; the "
+                        "same command resumes from the last checkpoint")
+
     def _without_scheduler(self):
-        return JobFailed(f"MindSpore's scheduler ended with {self._scheduler.returncode}: scheduler.log says why; if "
-                         "--master_port is in use, choose another")
+        """It ends at a port in use, and half a minute after a rank's process was stopped, which it does not name."""
+        found = f"MindSpore's scheduler ended with {self._scheduler.returncode}: scheduler.log says why"
+        there = self._waiting or self._inside
+        absent = ", ".join(name for rank, name in sorted(self._names.items()) if rank not in there)
+        if not there:
+            return JobFailed(f"{found}; if --master_port is in use, choose another")
+        what = next(iter(there.values()))[0]
+        found += (f"; {absent} did not come to {what}, where others wait: it hangs or was stopped" if absent else
+                  f" and names the rank that it lost; all were in {what}")
+        return JobFailed(f"{found}. The same command resumes from the last checkpoint")
 
     def _lost(self, rank):
         return JobFailed(f"{self._names[rank]} is gone: it was killed, or its machine was lost; the same command "

@@ -215,10 +215,12 @@ class Loop:
                 arrays = [Tensor(array) for array in batch.arrays()]
                 ready = time.monotonic()
                 lr = learning_rate(self.step, self.num_steps, self.train)
-                loss, norm, metrics, own_loss = self.training_step(
-                    self.optimizer.hyperparameters(self.num_updates, lr), Tensor(batch.num_micro_batches, ms.int32),
-                    *arrays)
-                loss, norm, metrics = float(loss.asnumpy()), float(norm.asnumpy()), metrics.asnumpy().astype(np.float64)
+                with self.ranks.world.meeting(f"step {self.step + 1}", self.run.step_timeout_s):
+                    loss, norm, metrics, own_loss = self.training_step(
+                        self.optimizer.hyperparameters(self.num_updates, lr), Tensor(batch.num_micro_batches, ms.int32),
+                        *arrays)
+                    loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
+                    metrics = metrics.asnumpy().astype(np.float64)
                 if metrics[0] == 0 and loss == 0:
                     norm = 0.0
                 elif not (math.isfinite(loss) and math.isfinite(norm)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -94,6 +95,44 @@ def test_a_killed_rank_is_named_to_all_and_ends_them_within_seconds(job):
     assert named in raised[0]
 
 
+def test_a_rank_that_hangs_is_named_to_those_that_wait_for_it_in_a_step(job):
+    ranks, thread, raised = job(3, """
+with world.meeting("step 1", 1):
+    pass
+if world.rank == 1:
+    time.sleep(60)
+with world.meeting("step 2", 1):
+    time.sleep(60)
+""")
+    errors = [error for _, error in outputs(ranks)]
+    named = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) did not come to step 2, where another has waited"
+    assert all(f"error: {named} for 1 s" in error and "run.step_timeout_s=1;" in error for error in errors)
+    assert [rank.returncode for rank in ranks] == [1, 1, 1]
+    thread.join(10)
+    assert raised and raised[0].startswith(named)
+
+
+def test_ranks_that_all_hang_in_a_step_are_ended(job):
+    ranks, _, raised = job(2, "with world.meeting('step 7', 1):\n    time.sleep(60)")
+    outputs(ranks)
+    assert raised[0].startswith("all ranks have been in step 7 for 1 s: one of them hangs, or a link")
+
+
+def test_what_takes_long_without_a_limit_or_between_steps_is_waited_for(job):
+    ranks, thread, raised = job(2, """
+with world.meeting("step 1", 1):
+    pass
+time.sleep(3 * world.rank)
+world.gather("between")
+with world.meeting("step 2", 0):
+    time.sleep(3)
+world.leave()
+""")
+    outputs(ranks)
+    thread.join(10)
+    assert raised == [] and [rank.returncode for rank in ranks] == [0, 0]
+
+
 def test_why_a_rank_stops_is_told_to_all_and_the_one_that_said_it_ends_by_itself(job):
     ranks, _, raised = job(2, """
 if world.rank == 1:
@@ -178,6 +217,18 @@ def test_an_end_of_mindspores_scheduler_ends_the_job():
         assert "MindSpore's scheduler ended" in rank.communicate(timeout=20)[1] and rank.returncode == 1
 
 
+def test_an_end_of_mindspores_scheduler_names_the_rank_that_was_stopped():
+    """It gives up half a minute after it has heard from a process last."""
+    wait = "world.gather('a checkpoint') if world.rank == 0 else time.sleep(60)"
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "3"]) as scheduler:
+        ranks = [subprocess.Popen([sys.executable, "-c", RANK + wait], stderr=subprocess.PIPE, text=True,
+                                  env=environment(server.getsockname()[1], 2, rank=rank)) for rank in range(2)]
+        named = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) did not come to a checkpoint, where others"
+        with pytest.raises(JobFailed, match="MindSpore's scheduler ended with 0: .*" + re.escape(named)):
+            Hub(server, 2, 20, scheduler).run()
+        assert named in outputs(ranks)[0][1]
+
+
 def test_ranks_that_need_no_collectives_end_the_job_when_they_end(tmp_path):
     """A run that is complete already; MindSpore's scheduler would wait ten minutes for them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -212,5 +263,6 @@ def test_a_missing_node_rank_and_a_hub_that_is_not_there_are_told():
 def test_alone_nothing_is_sent():
     world = World()
     assert world.is_main and world.gather("x", 3) == [3] and world.on_main("y", lambda: 4) == 4
-    world.fail("nobody hears it")
+    with world.meeting("z", 1e-9):
+        world.fail("nobody hears it")
     world.leave()

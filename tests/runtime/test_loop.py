@@ -1,5 +1,6 @@
 """THE step and the loop: gradients, resume, failures. A small real model on real packed batches."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -40,7 +41,7 @@ def _loss(model):
     return make_loss(model, SEQ_LEN, 64)
 
 
-def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", schedule=None, **run):
+def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", schedule=None, ranks=None, **run):
     from mindpangu.model.weights import save_weights
     from mindpangu.runtime.loop import Loop
 
@@ -48,7 +49,7 @@ def _loop(folder, model, mode="graph", num_steps=9, moments_dtype="float32", sch
                         moments_dtype=moments_dtype, **schedule or {})
     return Loop(_loss(model), (), model.trainable_params(), train=train,
                 run=RunConfig(mode=mode, **({"log_every": 1, "save_every": 2} | run)), num_steps=num_steps,
-                folder=folder, save_model=lambda path: save_weights(model, path))
+                folder=folder, save_model=lambda path: save_weights(model, path), ranks=ranks)
 
 
 def _rows(folder):
@@ -169,6 +170,31 @@ def test_two_phases_with_one_schedule_and_optimizer_are_the_run_in_one(mindspore
     for ours, expected in zip(second.parameters, whole.parameters, strict=True):
         np.testing.assert_array_equal(ours.asnumpy(), expected.asnumpy())
     assert [row["lr"] for row in _rows(tmp_path / "second")] == [row["lr"] for row in _rows(tmp_path / "whole")][3:]
+
+
+def test_ranks_meet_in_every_step_within_its_limit(mindspore_cpu, tmp_path):
+    from mindpangu.runtime.cluster import World
+    from mindpangu.runtime.distributed import Ranks
+
+    events = []
+
+    class Recording(World):
+        @contextlib.contextmanager
+        def meeting(self, what, limit_s):
+            events.append((what, limit_s))
+            yield
+            events.append("over")
+
+    loop = _loop(tmp_path, _model(), "eager", num_steps=2, ranks=Ranks(Recording()), step_timeout_s=5)
+    step = loop.training_step
+
+    def recorded_step(*arguments):
+        events.append("computed")
+        return step(*arguments)
+
+    loop.training_step = recorded_step
+    loop.fit(_batches(), 2)
+    assert events == [("step 1", 5), "computed", "over", ("step 2", 5), "computed", "over"]
 
 
 def test_the_memory_in_a_step_line_is_that_of_the_device(mindspore_cpu, tmp_path, monkeypatch):
