@@ -336,9 +336,14 @@ class EvalConfig(_Section):
         _in_range("eval.num_repeats", self.num_repeats, 0, 255)
 
 
-# What converter_lite calls the chips of the edge and of servers; npu-smi info prints the name of the one at hand.
-SOCS = ("Ascend310B1", "Ascend310B2", "Ascend310B3", "Ascend310B4", "Ascend310P1", "Ascend310P3", "Ascend910B1",
-        "Ascend910B2", "Ascend910B3", "Ascend910B4")
+# CANN's names of chips: "Ascend" before the Name that npu-smi info prints
+# (hiascend.com/document/detail/zh/canncommercial/900/devaids/opcompiletool/atlasop_compiler_07_0022.html). An Atlas
+# 200I A2 has a 310B4 (8 TOPS in int8) or a 310B1 (20 TOPS), no other
+# (hiascend.com/doc_center/source/zh/Atlas%20200I%20A2/23.0.RC3/re/npu/npusmi_007.html), a 300I DUO 310P3
+# (github.com/vllm-project/vllm-ascend/issues/1141). The rest is in torch_npu/csrc/core/npu/NpuVariables.cpp of
+# github.com/Ascend/pytorch, which has the training chips before 910B1 and 910_93xx besides.
+SOCS = ("Ascend310B1", "Ascend310B2", "Ascend310B3", "Ascend310B4", "Ascend310P1", "Ascend310P2", "Ascend310P3",
+        "Ascend310P4", "Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1")
 _MAX_PROFILES = 100  # shapes of a graph that the converter compiles, decoding's included
 
 
@@ -349,7 +354,7 @@ class ExportConfig(_Section):
     buckets: list[int] = field(default_factory=lambda: [64, 256, 1024])  # prompt lengths that are compiled, rising; a
     #                                                  prompt is padded to the next one
     cache_len: int = 1280  # positions of the key/value cache: a prompt and its answer
-    soc: str = "Ascend310B4"  # the chip, one of SOCS; Atlas 200I A2: 310B1 to 310B4
+    soc: str = "Ascend310B4"  # the chip, one of SOCS; Atlas 200I A2: Ascend310B4 or Ascend310B1
     precision_mode: str = "enforce_origin"  # of converter_lite: enforce_origin keeps norms and softmax in float32 |
     #                                         enforce_fp16 | preferred_fp32 | enforce_fp32 | preferred_optimal
     hugging_face: str | None = "bfloat16"  # weights of the Hugging Face folder: float32 | bfloat16; null: no folder

@@ -23,7 +23,7 @@ from mindpangu.data.chat import encode_prompt
 from mindpangu.data.corpus import load_corpus
 from mindpangu.data.documents import Message
 from mindpangu.data.tokenizer import Tokenizer
-from mindpangu.export import export, long_form
+from mindpangu.export import converter_files, export, long_form
 from mindpangu.model.edge import half_weights
 from mindpangu.model.mindir import read_manifest
 from mindpangu.model.runner import GraphRunner, choose, lite_graphs, stream
@@ -380,7 +380,15 @@ def test_matrices_become_the_nearest_float16_and_norms_stay_float32(model):
             assert array.dtype == np.float16 and np.array_equal(array, original.astype(np.float16))
 
 
+@pytest.mark.parametrize("soc", ["Ascend310B1", "Ascend310B4", "Ascend310P3", "Ascend910B4-1"])
+def test_a_chip_is_named_to_the_converter_as_cann_names_it(soc):
+    config = load_recipe([*OVERRIDES, f"export.soc={soc}"]).export
+    files = converter_files(config, {"cache_shape": [2, 8], "inputs": ["tokens", "positions", "last"]}, None)
+    assert f"\nge.socVersion={soc}\n" in files["prefill.cfg"]
+
+
 @pytest.mark.parametrize(("overrides", "words"), [
+    (["export.soc=310B4"], ["export.soc='310B4'", "Ascend310B4"]),
     (["export.soc=Ascend310"], ["export.soc='Ascend310'", "Ascend310B4"]),
     (["export.buckets=[64,32]"], ["export.buckets=[64, 32]", "rising"]),
     (["export.buckets=[]"], ["export.buckets is empty"]),
