@@ -278,6 +278,19 @@ def test_a_seed_draws_its_answer(rambling, tmp_path):
     assert done.stdout.partition("> ")[2] == f"Hi\n{answers[2]}\n\n"
 
 
+def test_the_system_message_stands_before_the_conversation(trained, problems, tmp_path):
+    tokenizer, runner = Tokenizer(trained / "tokenizer.model"), model_runner(trained)
+    question, shown = problems[0][-2], []
+    for system in ([], [Message("system", "Be brief.")]):
+        tokens = list(stream(runner, encode_prompt(tokenizer, [*system, question]), eos_id=tokenizer.turn_end_id,
+                             max_new_tokens=40))
+        answer = decode_response(tokenizer, tokens)
+        shown.append((f"[{answer.thoughts}]\n" if answer.thoughts is not None else "") + answer.content)
+    assert shown[0] != shown[1]
+    done = chat(trained, question.content, "--system", "Be brief.", "--max-new-tokens", 40, cwd=tmp_path)
+    assert done.stdout.partition("> ")[2] == f"{question.content}\n{shown[1]}\n\n"
+
+
 # ---- The screen ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -223,6 +223,15 @@ def test_launch_scripts_say_what_msrun_understands(tmp_path, monkeypatch, script
     assert command == ["-m", "mindpangu.train", "run=ascend_8", "recipe=grpo", "data.train=[a b.jsonl]"]
 
 
+def test_the_script_for_one_device_starts_the_command_itself(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done > words\n')
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run(["sh", recipes_folder() / "launch" / "devices_1.sh", "recipe=grpo", "data.train=[a b.jsonl]"],
+                   cwd=tmp_path, check=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (tmp_path / "words").read_text().splitlines() == ["-m", "mindpangu.train", "run=ascend", "recipe=grpo",
+                                                             "data.train=[a b.jsonl]"]
+
+
 def test_the_script_for_several_machines_asks_for_what_it_needs(tmp_path):
     done = subprocess.run(["sh", recipes_folder() / "launch" / "devices_64.sh"], capture_output=True, text=True,
                           env={"PATH": os.environ["PATH"]}, cwd=tmp_path)

@@ -167,6 +167,21 @@ def test_the_graphs_have_ascends_primitives_and_float16_weights_that_are_stored_
     assert bytes_expected < (folder / "weights.data").stat().st_size < bytes_expected + 64 * (len(places) + 1)
 
 
+def test_norms_and_softmax_compute_in_float32_and_products_in_float16(exported):
+    from mindspore.train.mind_ir_pb2 import TensorProto
+
+    found = {}
+    for name in ("prefill.mindir", "decode.mindir"):
+        for node in graph_of(exported[0], name).node:
+            for attribute in node.attribute:
+                if attribute.name == "shape":  # of the result, with its type
+                    types = {tensor.data_type for tensor in attribute.tensors}
+                    found.setdefault(re.sub(r"REF::|:\d+", "", node.op_type), set()).update(types)
+    for primitive in ("Square", "ReduceMean", "Rsqrt", "Softmax"):
+        assert found[primitive] == {TensorProto.FLOAT}, primitive
+    assert found["MatMul"] == found["BatchMatMul"] == {TensorProto.FLOAT16}
+
+
 def test_the_graphs_weights_are_in_memory_once(exported):
     code = (f"import numpy as np; from mindpangu.model import runner; graphs = []; load = runner.load_graph\n"
             f"def keep(*arguments): graphs.append(load(*arguments)); return graphs[-1]\n"
