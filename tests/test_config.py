@@ -101,6 +101,8 @@ def test_pretraining_has_the_papers_mixture(phase, column):
     mix = load_recipe([f"recipe=pretrain_{phase}", "scale=1b"]).mix
     assert mix.weights == {name: shares[column] for name, shares in MIXTURES.items()}
     assert set(mix.curriculum) == {"STEM", "Instruction", "Code"} and mix.on_missing == "raise"
+
+
 @pytest.mark.parametrize(("name", "sequence_parallel", "seq_len"), [
     ("ascend", 1, 32768), ("ascend_8", 2, 32768), ("ascend_8", 3, 32766), ("ascend_8", 6, 32766)])
 def test_the_settings_for_npus_compose(name, sequence_parallel, seq_len):
