@@ -175,6 +175,10 @@ class Plan:
                         if recipe.task == "distill" else None)
         self.tokenizer = self._tokenizer()
         self._check_models()
+        if recipe.data.source == "packed":
+            self.rows = PackedShards(recipe.data.train[0])
+            self.rows.check(tokenizer=self.tokenizer.digest, template=template_digest(), seq_len=recipe.data.seq_len,
+                            pad_id=recipe.model.pad_id)
         fields = as_dict(recipe)
         for section in ("run", "eval", "export", "curate", "mix", "init_from", "teacher", "scale", "recipe"):
             fields.pop(section, None)
@@ -494,11 +498,8 @@ def _pack(plan, samples, seed):
 def _packed_rows(plan):
     """The rows of data.source=packed, in their order."""
     recipe = plan.recipe
-    shards = PackedShards(recipe.data.train[0])
-    shards.check(tokenizer=plan.tokenizer.digest, template=template_digest(), seq_len=recipe.data.seq_len,
-                 pad_id=recipe.model.pad_id)
     micro_batch_rows, share = _rows_of_ranks(plan)
-    return _said(ShardBatches(shards, seq_len=recipe.data.seq_len, rows_per_step=recipe.train.rows_per_step,
+    return _said(ShardBatches(plan.rows, seq_len=recipe.data.seq_len, rows_per_step=recipe.train.rows_per_step,
                               micro_batch_rows=micro_batch_rows, pad_id=recipe.model.pad_id, seed=recipe.seed,
                               share=share))
 

@@ -21,6 +21,7 @@ from mindpangu.data.documents import read_chats
 from mindpangu.data.packed_shards import PackedShards
 from mindpangu.data.pool import json_line
 from mindpangu.data.tokenizer import Tokenizer, train_tokenizer
+from mindpangu.pipeline import Plan
 
 WORDS = [f"w{n}" for n in range(300)] + list("水火山川日月大小中文") + ["😀", "naïve"]
 BENCHMARK = "Which of these seven rivers is the longest one in the whole of northern Europe today?"
@@ -134,6 +135,20 @@ def test_the_rows_hold_the_mixture_in_its_shares_and_nothing_held_out(sources, c
     assert sum(prompts.values()) == summary["rows"]["samples"] == sum(p["num_samples"] for p in mixture.values())
     heldout = {example.messages[0].content for example in read_chats([curated / "rows" / "heldout.jsonl"])[0]}
     assert len(heldout) == 10 and not heldout & kept
+
+
+@pytest.mark.parametrize("more, said", [
+    (["data.seq_len=256"], "its rows have seq_len 512, this run 256: set data.seq_len=512"),
+    (["data.seq_len=512", "data.tokenizer={other}"], "was packed with another tokenizer than data.tokenizer's"),
+    (["data.seq_len=512", "data.train=[{nowhere}]"], "cannot read .*manifest.json"),
+], ids=["seq_len", "tokenizer", "nowhere"])
+def test_rows_that_do_not_fit_a_run_are_refused_at_once(curated, tmp_path, more, said):
+    other = tmp_path / "other.model"
+    train_tokenizer([" ".join([*WORDS, "tomato", "tomorrow"])] * 5, 310, other)
+    line = ["recipe=sft_direct", f"run.root={tmp_path}", "data.source=packed", f"data.train=[{curated / 'rows'}]",
+            "model.vocab_size=310", *(word.format(other=other, nowhere=tmp_path) for word in more)]
+    with pytest.raises(ValueError, match=said):
+        Plan(load_recipe(line), line)
 
 
 def contents(folder):
