@@ -477,6 +477,88 @@ class GrpoConfig(_Section):
             _at_least(f"grpo.{name}", getattr(self, name), 0)
 
 
+# What data/attributes.py says of a document.
+SUBCATEGORIES = ("code", "translation", "writing", "geometry", "calculus", "probability", "number_theory", "algebra",
+                 "science", "arithmetic", "knowledge")
+QUESTION_TYPES = ("code", "proof", "multiple_choice", "true_false", "fill_in", "rewrite", "open")
+VERIFIABLE = ("math", "code")
+FAULTS = ("mojibake", "control_characters", "unclosed_fence", "unbalanced_math", "html", "truncated")
+
+
+@dataclass
+class AnnotateConfig(ServerConfig):
+    """Who says what a document is about, whether it is verifiable, how hard and how good it is."""
+
+    _name = "curate.annotate"
+    engine: str = "rules"  # rules: built in | openai: a model behind `url` too | checkpoint: one of ours too, see
+    #                        checkpoint; a document that the model does not annotate keeps what the rules say
+    timeout_s: float = 600.0
+    checkpoint: str | None = None  # run, checkpoint or Hugging Face folder, which mindpangu.serve answers from
+    max_prompt_len: int = 4096  # tokens of a request to the checkpoint
+    max_new_tokens: int = 1024  # of a reply
+    documents_per_request: int = 8
+    max_document_chars: int = 4000  # that the model reads; of a longer document its start and its end
+    prompt_price: float = 0.0  # of a million tokens read, in the currency of your choice
+    completion_price: float = 0.0  # of a million tokens written
+    pass_rates: str | None = None  # run folder with the student's pass rates, for complexity; null: unknown
+
+    def check(self):
+        super().check()
+        _one_of("curate.annotate.engine", self.engine, ("rules", "openai", "checkpoint"))
+        for engine, name in (("openai", "url"), ("checkpoint", "checkpoint")):
+            _require((self.engine == engine) == (getattr(self, name) is not None),
+                     f"curate.annotate.engine={self.engine} with curate.annotate.{name}={getattr(self, name)}: a model "
+                     f"there needs both curate.annotate.engine={engine} and curate.annotate.{name}.")
+        for name in ("max_prompt_len", "max_new_tokens", "documents_per_request"):
+            _at_least(f"curate.annotate.{name}", getattr(self, name), 1)
+        _at_least("curate.annotate.max_document_chars", self.max_document_chars, 100)
+        for name in ("prompt_price", "completion_price"):
+            _at_least(f"curate.annotate.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class FilterConfig(_Section):
+    """Which documents go, by their attributes. The defaults drop nothing but broken characters and loops."""
+
+    min_chars: int = 0  # of the whole text
+    max_chars: int = 0  # 0: any
+    min_answer_chars: int = 0  # of the last reply with its thoughts
+    languages: list[str] = field(default_factory=list)  # to keep, ISO 639-1; empty: all
+    # mojibake | control_characters | unclosed_fence | unbalanced_math | html | truncated. The first two are bytes that
+    # nobody wrote; the others also meet good texts that are about code or markup.
+    drop_faults: list[str] = field(default_factory=lambda: ["mojibake", "control_characters"])
+    # Half of all 10-grams said before is a loop: the most is 0.19 in GSM8K, 0.11 in MBPP, MATH-500 and IFEval.
+    max_ngram_repetition: float = 0.5
+    # Lists and programs repeat lines (MBPP up to 0.29, a prompt of IFEval 0.47); only a loop repeats three in four.
+    max_line_repetition: float = 0.75
+    subcategories: list[str] = field(default_factory=list)  # to keep, see data/attributes.py; empty: all
+    question_types: list[str] = field(default_factory=list)  # likewise
+    verifiable: list[str] = field(default_factory=list)  # keep only those that a verifier can judge: math | code
+    min_hops: int = 0  # steps of inference in the solution
+    max_hops: int = 0  # 0: any
+    min_complexity: float = 0.0  # 1 - pass rate of the student: 0 it always solves, 1 it never does
+    max_complexity: float = 1.0
+    min_rating: int = 0  # of a model, 1 to 5; 0: any
+
+    def check(self):
+        for name in ("min_chars", "max_chars", "min_answer_chars", "min_hops", "max_hops"):
+            _at_least(f"curate.filter.{name}", getattr(self, name), 0)
+        for low, high in (("min_chars", "max_chars"), ("min_hops", "max_hops")):
+            first, last = getattr(self, low), getattr(self, high)
+            _require(last == 0 or first <= last, f"curate.filter.{low}={first} exceeds curate.filter.{high}={last}: "
+                                                 "nothing would be kept.")
+        for name in ("max_ngram_repetition", "max_line_repetition", "min_complexity", "max_complexity"):
+            _in_range(f"curate.filter.{name}", getattr(self, name), 0.0, 1.0)
+        _require(self.min_complexity <= self.max_complexity,
+                 f"curate.filter.min_complexity={self.min_complexity} exceeds curate.filter.max_complexity="
+                 f"{self.max_complexity}: nothing would be kept.")
+        _in_range("curate.filter.min_rating", self.min_rating, 0, 5)
+        for name, choices in (("drop_faults", FAULTS), ("subcategories", SUBCATEGORIES),
+                              ("question_types", QUESTION_TYPES), ("verifiable", VERIFIABLE)):
+            for value in getattr(self, name):
+                _one_of(f"curate.filter.{name}", value, choices)
+
+
 CURATE_STAGES = ("exact_duplicates", "attributes", "benchmarks", "near_duplicates", "zip")
 
 
@@ -584,6 +666,8 @@ class CurateConfig(_Section):
     #                               other, at smoke and tiny
     on_error: str = "raise"  # malformed line: raise | skip (counted, reported and listed in malformed.jsonl)
     stages: list[str] = field(default_factory=lambda: list(CURATE_STAGES))  # the ones that run, always in this order
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
     zip: ZipConfig = field(default_factory=ZipConfig)

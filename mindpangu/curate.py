@@ -29,8 +29,20 @@ from omegaconf import OmegaConf
 
 from .benchmarks.items import list_items
 from .config import as_dict
+from .data.annotators import Progress, annotate_by_model, describe, open_endpoint
 from .data.arithmetic import make_problems
 from .data.arithmetic import to_example as problem_to_example
+from .data.attributes import (
+    PASS_RATES,
+    add_complexity,
+    annotate_by_rules,
+    difficulty,
+    from_json,
+    judge_attributes,
+    pass_rates,
+    quality,
+    to_json,
+)
 from .data.chat import Tokenized, encode_chat, template_digest
 from .data.corpus import digest_files
 from .data.decontaminate import Item, find_items, index_items
@@ -50,6 +62,9 @@ from .runtime.device import num_usable_cores
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
 _LINKED_CHARS = 1 << 26  # of documents that bands link, compared with each other at a time; a larger group is one
+_NO_PART_IN_LABELS = ("api_key_env", "timeout_s", "max_retries", "num_parallel", "prompt_price", "completion_price",
+                      "pass_rates")
+_LEAST_FILL = 0.95  # of rows
 _SAVE_EVERY_S = 30.0  # of what a selection has so far
 
 
@@ -84,6 +99,61 @@ def exact_duplicates(documents):
     firsts = order[begins][np.cumsum(begins) - 1]
     for place, first in sorted(zip(order[~begins].tolist(), firsts[~begins].tolist(), strict=True)):
         yield Finding(int(numbers[place]), "exact_duplicate", 1.0, int(numbers[first]))
+
+
+def annotate(documents, config, engine, path, cache, reporter):
+    """Writes the Attributes of the documents to a file, a line {"document", ...} each, by rules and, where config asks
+    for one, a model whose replies are kept in the folder cache."""
+    pieces, count = cut(documents), 0
+    with open_aside(path) as file:
+        for numbers, annotated in zip(pieces, _annotations(documents.pool, pieces, config, engine, cache, reporter),
+                                      strict=True):
+            for number, attributes in zip(numbers.tolist(), annotated, strict=True):
+                file.write(json_line({"document": number} | attributes))
+            count += numbers.size
+            if config.engine == "rules":
+                reporter.advance(count)
+
+
+def _annotations(pool, pieces, config, engine, cache, reporter):
+    """For each piece the JSON objects of its documents' Attributes."""
+    if config.engine == "rules":
+        yield from engine.map(functools.partial(_annotate_by_rules, config.pass_rates), pool, pieces)
+        return
+    before = Progress(0, 0, 0, 0, 0, 0.0)  # of the pieces that are done
+    with open_endpoint(config, cache) as endpoint:
+        for numbers in pieces:
+            so_far = [before]
+
+            def show(progress, so_far=so_far):
+                so_far.append(Progress(*map(sum, zip(so_far[0], progress, strict=True))))
+                left = reporter.eta_s()
+                eta = f", {format_seconds(left)} left" if left is not None else ""
+                total = so_far[-1]._replace(num_documents=reporter.total)
+                reporter.advance(total.num_done, describe(total) + eta)
+
+            documents = [pool.document(number) for number in numbers]
+            annotated = annotate_by_model(documents, config, on_progress=show, endpoint=endpoint)
+            before = so_far[-1]
+            if config.pass_rates:
+                annotated = add_complexity(documents, annotated, _rates(config.pass_rates))
+            yield [to_json(one) for one in annotated]
+    say(describe(before))
+
+
+def unwanted_attributes(annotated, config):
+    """Documents that a FilterConfig drops. annotated: yields (number, Attributes)."""
+    for number, attributes in annotated:
+        if found := judge_attributes(attributes, config):
+            yield Finding(number, *found, details={"attributes": to_json(attributes)})
+
+
+def read_attributes(path):
+    """Yields (number of the document, Attributes) of a file of `annotate`."""
+    with open(path, "rb") as file:
+        for line in file:
+            fields = json.loads(line)
+            yield fields.pop("document"), from_json(fields)
 
 
 def benchmarks(documents, items, action, engine, scratch, on_done):
@@ -173,6 +243,17 @@ def held_out(documents, count):
 
 
 # ---- What the processes do -------------------------------------------------------------------------------------------
+
+def _annotate_by_rules(run_folder, pool, numbers):
+    documents = [pool.document(number) for number in numbers]
+    annotated = annotate_by_rules(documents)
+    if run_folder:
+        annotated = add_complexity(documents, annotated, _rates(run_folder))
+    return [to_json(attributes) for attributes in annotated]
+
+
+_rates = functools.lru_cache(maxsize=1)(pass_rates)
+
 
 @functools.lru_cache(maxsize=1)
 def _index(path):
@@ -346,10 +427,10 @@ def curate(recipe, run_dir=None, may_build=True):
         began = time.monotonic()
         pool = _read(work, sources, config)
         flow = Flow(work, pool_key)
-        documents, difficulty_N = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, items, items_digest,
-                                              engine)
+        documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, items,
+                                                      items_digest, engine)
         documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
-        _write_documents(folder / "curated.jsonl", documents, recipe.data.dress)
+        _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, labels)
         _write_dropped(folder, flow, pool)
         summary = {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
                    "documents": len(pool), "malformed": pool.num_malformed, "stages": flow.stages, **rows}
@@ -376,13 +457,26 @@ def _is_done(folder, key):
 
 
 def _run_stages(flow, documents, recipe, items, items_digest, engine):
-    """The Documents that are left, and for every document of the pool its difficulty, not a number where unknown."""
+    """The Documents that are left; for every document of the pool its difficulty, not a number where unknown; and the
+    file of the Attributes, None without."""
     config = recipe.curate
     num_processes = _num_processes(recipe)
     quality_N, difficulty_N = np.zeros(len(documents.pool)), np.full(len(documents.pool), np.nan)
     if "exact_duplicates" in config.stages:
         documents = flow.run("exact_duplicates", documents, None,
                              lambda documents, scratch, on_done: exact_duplicates(documents))
+    labels = None
+    if "attributes" in config.stages:
+        chosen = {name: value for name, value in as_dict(config.annotate).items() if name not in _NO_PART_IN_LABELS}
+        rates = [Path(config.annotate.pass_rates, PASS_RATES)] if config.annotate.pass_rates else []
+        labels = flow.scratch("labels", [chosen, digest_files(rates)]).with_suffix(".jsonl")
+        if not labels.exists():
+            with Reporter("annotate", documents.numbers.size) as reporter:
+                annotate(documents, config.annotate, engine, labels, flow.work.parent / "annotations", reporter)
+        for number, attributes in read_attributes(labels):
+            quality_N[number], difficulty_N[number] = quality(attributes), difficulty(attributes)
+        documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
+                             unwanted_attributes(read_attributes(labels), config.filter))
     if "benchmarks" in config.stages and items:
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
                              lambda documents, scratch, on_done: benchmarks(
@@ -398,7 +492,7 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
                              lambda documents, scratch, on_done: zip_selection(
                                  documents, _strata(documents) if config.zip.strata else None, config.zip,
                                  num_processes, scratch, on_done))
-    return documents, difficulty_N
+    return documents, difficulty_N, labels
 
 
 def _num_processes(recipe):
@@ -499,11 +593,17 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
     aside = [finding.document for finding in read_findings(flow.work / flow.stages[-1]["file"])]
     places = np.searchsorted(tokenized.numbers, documents.numbers)
     categories = [source["category"] for source in pool.sources]
+    size = config.size or None
+    if not size and recipe.mix.curriculum and recipe.train.steps and recipe.task == "language_model":
+        # As long as the run, so that easy to hard ends with it; a little less, for rows are not quite full.
+        tokens = recipe.train.steps * recipe.train.rows_per_step * data.seq_len * _LEAST_FILL
+        size = int(tokens if recipe.mix.unit == "tokens" else tokens / lengths_D[places].mean())
     mixture = mix_samples(recipe.mix, [categories[source] for source in pool.sources_N[documents.numbers]],
-                          lengths_D[places], difficulty_N[documents.numbers], config.size or None, recipe.seed)
+                          lengths_D[places], difficulty_N[documents.numbers], size, recipe.seed,
+                          at_most=not config.size)
     if mixture.missing:
         say(f"mix.on_missing=renormalise: no sample of {', '.join(mixture.missing)}; the others share what it had")
-    settings = [as_dict(recipe.mix), config.size, recipe.seed]
+    settings = [as_dict(recipe.mix), size, recipe.seed]
     drawn = Documents(pool, documents.numbers[np.unique(mixture.order_M)])
     mixed = flow.run("mix", documents, settings, lambda documents, scratch, on_done: (
         Finding(number, "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers).tolist()))
@@ -542,9 +642,10 @@ def _strata(documents):
     return list(zip(pool.languages_N[numbers].tolist(), pool.sources_N[numbers].tolist(), strict=True))
 
 
-def _write_documents(path, documents, dress):
-    """The documents as conversations, or as plain documents."""
+def _write_documents(path, documents, dress, labels=None):
+    """The documents as conversations, or as plain documents. labels: a file with the attributes of these and others."""
     pool = documents.pool
+    known = read_attributes(labels) if labels else None
     with open_aside(path) as file:
         for number in documents.numbers.tolist():
             document = pool.document(number)
@@ -555,6 +656,8 @@ def _write_documents(path, documents, dress):
                 line = to_chat(example)
             about = {"source": document.source, "language": document.language, "category": document.category,
                      "licence": document.licence}
+            if known:
+                about["attributes"] = to_json(next(found for place, found in known if place == number))
             file.write(json_line(line | {name: value for name, value in about.items() if value is not None}))
 
 

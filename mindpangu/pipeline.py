@@ -127,7 +127,10 @@ def train(recipe, overrides):
 
 
 def rollout(recipe, overrides):
-    """Sample the answers that a distillation recipe trains on; returns their folder."""
+    """Sample the answers that a distillation recipe trains on; returns their folder. Of recipe=grpo, those by which the
+    starting model's pass rates are measured; returns the run folder, which then holds them."""
+    if recipe.task == "grpo":
+        return _measure_pass_rates(recipe, overrides)
     with _distillation_plan(recipe, overrides) as plan:
         if recipe.kd.answers == "label":
             raise ValueError("kd.answers=label trains on the reference answers: there is nothing to sample; use "
@@ -1035,18 +1038,42 @@ def _logprob_scorer(plan, model, temperature):
 def _solved_sometimes(plan):
     """Training problems that the starting model solves sometimes, by their places; all without a filter.
 
-    Problems that no verifier calls right or wrong are kept. The rates are kept beside the model's answers, and what
-    the report shows of them in the run folder.
+    Problems that no verifier calls right or wrong are kept. The rates are kept beside the model's answers, and in the
+    run folder what the report shows of them, and by prompt what data.attributes.pass_rates reads.
     """
     grpo, problems = plan.recipe.grpo, plan.corpus.train
     if not grpo.pass_rate_samples:
         return list(range(len(problems)))
-    shards = _answers(plan, "train", samples_per_prompt=grpo.pass_rate_samples)
+    kept = _pass_rates(plan)
+    if not kept:
+        raise ValueError("the starting model solves every problem always or never: groups of equal rewards teach "
+                         "nothing. Give problems of other difficulty, or another init_from.")
+    return kept
+
+
+def _measure_pass_rates(recipe, overrides):
+    """What `rollout` does for recipe=grpo."""
+    if not recipe.grpo.pass_rate_samples:
+        raise ValueError("grpo.pass_rate_samples=0: there is nothing to sample before the training; expected at least "
+                         "1, such as 8.")
+    with Plan(recipe, overrides) as plan:
+        world().on_main("check the problems", lambda: plan.rewards.check(plan.corpus.train))
+        start(recipe.run)
+        with plan.begin():
+            _pass_rates(plan)
+        return plan.folder
+
+
+def _pass_rates(plan):
+    """Samples and grades the starting model's answers; see `_solved_sometimes` for what is written and returned."""
+    shards = _answers(plan, "train", samples_per_prompt=plan.recipe.grpo.pass_rate_samples)
     return world().on_main("grade the answers", lambda: _grade(plan, shards))
 
 
 def _grade(plan, shards):
     """See `_solved_sometimes`."""
+    from .data.attributes import PASS_RATES, join_prompt  # which imports all verifiers
+
     grpo, problems = plan.recipe.grpo, plan.corpus.train
     path = shards.folder / f"pass-rates-{make_key('pass rates', as_dict(plan.recipe.rewards), None)}.json"
     if not path.is_file():
@@ -1071,9 +1098,10 @@ def _grade(plan, shards):
                             minlength=grpo.pass_rate_samples + 1)
     write_atomic(plan.folder / "pass_rates.json",
                  json.dumps({"samples": grpo.pass_rate_samples, "problems": histogram.tolist(), "kept": len(kept)}))
+    rows = [{"prompt": join_prompt(message.content for message in problem.messages[:-1]), "passed": count,
+             "samples": grpo.pass_rate_samples}
+            for problem, count, v in zip(problems, num_correct, verifiable, strict=True) if v]
+    write_atomic(plan.folder / PASS_RATES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     say(f"pass rate of {grpo.pass_rate_samples}: never {histogram[0]}, always {histogram[-1]}, sometimes "
         f"{histogram[1:-1].sum()}; {len(kept)} of {len(problems)} problems kept")
-    if not kept:
-        raise ValueError("the starting model solves every problem always or never: groups of equal rewards teach "
-                         "nothing. Give problems of other difficulty, or another init_from.")
     return kept

@@ -1,4 +1,7 @@
-"""Sample the answers that a distillation recipe trains on: python -m mindpangu.rollout recipe=kd_student."""
+"""Sample the answers that a distillation recipe trains on: python -m mindpangu.rollout recipe=kd_student.
+
+python -m mindpangu.rollout recipe=grpo samples and grades those of the starting model: pass_rates.jsonl of its run.
+"""
 
 from mindpangu.pipeline import entry_point, rollout
 

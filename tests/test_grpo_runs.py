@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from mindpangu.data import attributes
+from mindpangu.data.sources import Document
+
 ROLLOUTS = ["recipe=grpo", "rollout.prompts_per_shard=2", "run.save_every=1", "run.keep_checkpoints=10"]
 
 
@@ -208,3 +211,22 @@ def test_problems_that_are_never_solved_are_left_out_and_stories_are_judged_in_t
     assert {row["prompt"].partition(" ")[0] for row in rows} == {"Tell"} and never > 3
     assert "judged" in {row["reason"] for row in rows} and all("correct" not in row["parts"] for row in rows)
     assert "Pass rates before training" in (copy / "stories/report.html").read_text()
+
+
+def test_rollout_measures_the_pass_rate_of_every_problem_and_documents_find_theirs_by_prompt(memorised_run, tmp_path):
+    """The oracle: a model that knows the first 20 of the 40 problems by heart, and was never told of the others."""
+    command = [sys.executable, "-m", "mindpangu.rollout", "scale=smoke", "recipe=grpo", f"init_from={memorised_run}",
+               "data.dress=reasoning", "data.num_examples=40", "data.num_heldout=1", "grpo.pass_rate_samples=2",
+               "rollout.temperature=0.01", "run.dir=rates"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rates" / "pass_rates.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and {row["samples"] for row in rows} == {2}
+    assert sum(row["passed"] for row in rows[:20]) > 30 > 20 > sum(row["passed"] for row in rows[20:])
+
+    rates = attributes.pass_rates(tmp_path / "rates")
+    documents = [Document("", {"prompt": f" {row['prompt'].upper()}\n"}, "s", "en", None, None, "f", 1) for row in rows]
+    documents.append(documents[0]._replace(record={"prompt": "Who?"}))
+    found = attributes.add_complexity(documents, attributes.annotate_by_rules(documents), rates)
+    assert [a.complexity for a in found] == [*(1 - row["passed"] / 2 for row in rows), None]
+    assert not list((tmp_path / "rates").glob("checkpoints"))

@@ -22,6 +22,8 @@ ALLOWED = {
     # build, which that choice hands to ops, and whether a device has them.
     "runtime": {"config", "ops", "ascend_kernels"},
 }
+# Verifiable is what the verifiers say; nothing that they import is this file's.
+ALSO_ALLOWED = {"data/attributes.py": {"rewards"}}
 NEVER_MINDSPORE = ("config", "data", "rewards")
 # Without MindSpore until a function needs it; data/row_files.py writes MindRecord with it.
 NUMPY_ONLY = ("data/row_files.py", "distillation/cache.py", "model/memory.py", "model/mindformers.py",
@@ -58,7 +60,7 @@ def test_a_module_imports_only_what_its_place_allows(path):
     ours = {name.split(".")[1] for name in _imports(path) if name.startswith("mindpangu.")}
     assert not ours & (ENTRY_POINTS - {unit}), "nobody imports an entry point"
     if unit in ALLOWED:
-        assert ours <= ALLOWED[unit] | {unit}
+        assert ours <= ALLOWED[unit] | {unit} | ALSO_ALLOWED.get(str(path.relative_to(PACKAGE)), set())
 
 
 @pytest.mark.parametrize("path", sorted(OPERATORS.rglob("*.py")), ids=lambda path: str(path.relative_to(OPERATORS)))

@@ -112,7 +112,8 @@ class Endpoint:
         """The answers to many bodies, in their order, num_parallel asked at a time.
 
         on_done(count) is called after each answer with how many there are. The first EndpointError is raised and the
-        remaining bodies are not sent; with return_errors it stands in the place of its answer instead.
+        remaining bodies are not sent; with return_errors it stands in the place of its answer instead, with
+        return_errors="refused" only where the server refused the request.
         read(i, answer) is called in the thread that asked, and what it returns is kept instead of the answer: for
         answers that together would fill the memory.
         """
@@ -137,7 +138,8 @@ class Endpoint:
             for count in range(1, len(bodies) + 1):
                 i, answers[i], error = finished.get()
                 if error is not None:
-                    if not (return_errors and isinstance(error, EndpointError)):
+                    if not (return_errors and isinstance(error, EndpointError)
+                            and (error.refused or return_errors != "refused")):
                         raise error
                     answers[i] = error
                 if on_done:

@@ -115,11 +115,12 @@ class OrderedMixture(NamedTuple):
     missing: list
 
 
-def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed):
+def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed, at_most=False):
     """The OrderedMixture of N samples of many categories, as a MixConfig says.
 
     categories_N: a name for each. lengths_N: their tokens. difficulty_N: labels, not a number where unknown, which
-    count as the middle. size: samples or tokens, as mix.unit says; None: as Mixture.
+    count as the middle. size: samples or tokens, as mix.unit says; None: as Mixture;
+    with at_most, more than mix.max_epochs allow is as many as they do.
     Raises ValueError as Mixture, and for weights of categories without a sample and categories without a weight.
     """
     names = sorted(set(categories_N))
@@ -148,6 +149,10 @@ def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed):
                       labels_N[own] if name in mix.curriculum or groups[name] in mix.curriculum else None)
         for name, own in zip(names, members, strict=True)]
     ratio = {group: weight for group, weight in mix.ratio.items() if group in groups.values()} or None
+    if at_most and size is not None:
+        lengths = [_lengths(source, mix.unit) for source in sources]
+        shares = _shares(sources, [int(one.sum()) for one in lengths], ratio)
+        size = min(size, _largest(sources, shares, lengths, mix.unit)[0])
     mixture = Mixture(sources, size, mix.unit, ratio, seed)
     order_M = np.empty(len(mixture), np.int64)
     for p, own in enumerate(members):
@@ -213,14 +218,19 @@ def _check_weights(what, weights):
             raise ValueError(f"{what} of {name!r} is {weight}: expected a positive number for each, or for none.")
 
 
-def _size(sources, shares, lengths, size, unit):
-    """The size of the mixture, at most what max_epochs allow."""
+def _largest(sources, shares, lengths, unit):
+    """(the largest size that max_epochs allow, the place of the source whose it is)."""
     limits = [source.max_epochs * lengths_N.sum() for source, lengths_N in zip(sources, lengths, strict=True)]
     if unit == "samples":
         limits = np.floor(limits)
     largest = [limit / share for limit, share in zip(limits, shares, strict=True)]
     tightest = int(np.argmin(largest))
-    most = int(largest[tightest] * (1 + 1e-12))
+    return int(largest[tightest] * (1 + 1e-12)), tightest
+
+
+def _size(sources, shares, lengths, size, unit):
+    """The size of the mixture, at most what max_epochs allow."""
+    most, tightest = _largest(sources, shares, lengths, unit)
     if size is None:
         all_once = max(lengths_N.sum() / share for lengths_N, share in zip(lengths, shares, strict=True))
         size = min(most, math.ceil(all_once * (1 - 1e-12)))

@@ -71,12 +71,7 @@ class CodeVerifier:
 
     def check(self, problem):
         """Raise ValueError if the problem has no tests, or one that is no Python or does not use the answer."""
-        if not problem.tests:
-            raise ValueError("tests is empty: a code problem needs at least one test program.")
-        for index, test in enumerate(problem.tests):
-            if not _plan(test)["names"]:
-                raise ValueError(f"tests[{index}]={test!r:.80} uses no name that it leaves to the answer: expected a "
-                                 "call of the function that the problem asks for.")
+        check_tests(problem.tests)
 
     def score(self, problem, response):
         """Score of the code in response.content by the problem's tests; see run_tests."""
@@ -111,6 +106,16 @@ class CodeVerifier:
             reason = "killed" if ended is not None and ended < 0 else "runtime_error"
         num_stages = sum(word in code_harness.STAGES for word in words)
         return _score(reason, words.count(code_harness.PASSED), len(tests), num_stages)
+
+
+def check_tests(tests):
+    """Raise ValueError for no tests, or one that is no Python or does not use the answer. Runs none of them."""
+    if not tests:
+        raise ValueError("tests is empty: a code problem needs at least one test program.")
+    for index, test in enumerate(tests):
+        if not _plan(test)["names"]:
+            raise ValueError(f"tests[{index}]={test!r:.80} uses no name that it leaves to the answer: expected a "
+                             "call of the function that the problem asks for.")
 
 
 def _score(reason, num_passed, num_tests, num_stages):

@@ -120,12 +120,27 @@ def parse_expression(latex):
         return _parse_with_sympy(latex, " ".join(tokens))
 
 
+def check_tokens(latex):
+    """Raises Unreadable for signs that parse_expression does not know, and brackets that are not closed."""
+    opened = []
+    for token in _explicit_tokens(latex):
+        if token in _CLOSING:
+            opened.append(_CLOSING[token])
+        elif token in _CLOSING.values() and (not opened or opened.pop() != token):
+            break
+    else:
+        if not opened:
+            return
+    raise Unreadable(f"{latex!r}: brackets that are not closed")
+
+
 # ---- Tokens, with every product made explicit ------------------------------------------------------------------------
 
 _KNOWN_COMMANDS = frozenset(r"""
     \frac \sqrt \cdot \times \div \pi \infty \binom \log \ln \exp \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan
     \sinh \cosh \tanh \lfloor \rfloor \lceil \rceil \max \min \gcd \circ \alpha \beta \gamma \delta
     \epsilon \theta \lambda \mu \nu \rho \sigma \tau \phi \psi \omega \Delta \Omega""".split())
+_CLOSING = {"{": "}", "(": ")"}
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\S")
 _MIXED = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _AMBIGUOUS = (

@@ -85,11 +85,21 @@ def check_pair(gold, answer):
 _PLAIN_NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:/(\d+))?")
 
 
-def _plain_number(text):
-    """The exact value of a number without unit and markup; None of anything else."""
+def is_plain_number(text):
+    """Whether it is a number without unit and markup."""
+    return _match_number(text) is not None
+
+
+def _match_number(text):
     text = text.strip().removesuffix(".")
     match = _PLAIN_NUMBER.fullmatch(text) if len(text) <= MAX_ANSWER_LENGTH else None
-    if match is None or not (match[2] or match[3]) or not int(match[4] or "1"):
+    return match if match and (match[2] or match[3]) and int(match[4] or "1") else None
+
+
+def _plain_number(text):
+    """The exact value of a number without unit and markup; None of anything else."""
+    match = _match_number(text)
+    if match is None:
         return None
     number = Fraction(f"{(match[2] or '0').replace(',', '')}{match[3] or ''}") / int(match[4] or "1")
     return -number if match[1] == "-" else number
@@ -99,6 +109,10 @@ def _plain_number(text):
 
 def extract_final_answer(text):
     """The final answer as written (see the top of this file), or None."""
+    if "####" in text:  # most problems with a worked answer: found without looking for the other markers
+        for line in reversed(_FINAL_LINE.findall(_half_width(text))):
+            if _starts_answer(line, _LINE):
+                return line.strip()
     answers = _final_answers(text)
     return min(answers, key=lambda answer: (answer[2], -answer[0]))[3] if answers else None
 
@@ -132,6 +146,7 @@ _KEYWORD = re.compile("|".join((
     r"(?<![回解问])答[：:][ \t]{0,9}(?:[\u4e00-\u9fff]{0,20} ?(?=[-\d$\\])|(?=[A-J](?![A-Za-z]))"
     r"|[\u4e00-\u9fff]{0,20}?(?=[一二两三四五六七八九十百千]{1,9}[个只条本张支元米天人岁倍]))",
     r"(?<![不没挑筛])选择?[：:]?[ \t]{0,9}(?=[（(]?[A-J]{1,9}(?![A-Za-z]))")))
+_KEYWORD_SIGNS = ("nswer", "NSWER", "orrect ", "答", "选")  # one of them is in every keyword, and soon found
 _LINKED = re.compile(r"(?:is|are|be|therefore|thus|then|是|为|等于|[：:=])[ \t*]{0,9}\n{0,2}\Z")
 _STARTS_ANSWER = re.compile(
     r"[ \t$*¥￥€£+−-]{0,20}(?:\\[(\[])?[ \t$*¥￥€£+−-]{0,20}(?:[\d\\(\[{|√π∞∅½⅓⅔¼¾（【]|\.\d|负\d"
@@ -147,10 +162,11 @@ _SENTENCE_TOKEN = re.compile(
 
 def _final_answers(text):
     """[(start, end, kind, answer)]. An answer in words, such as "the answer is east", is one if there is no other."""
-    text = text.translate(_HALF_WIDTH)
+    text = _half_width(text)
     lines = [(*match.span(), _LINE, match[1]) for match in _FINAL_LINE.finditer(text)]
     phrases, linked = [], set()
-    keywords = [match.span() for match in _KEYWORD.finditer(text)]
+    has_keyword = any(sign in text for sign in _KEYWORD_SIGNS)
+    keywords = [match.span() for match in _KEYWORD.finditer(text)] if has_keyword else []
     for (begin, start), (limit, _) in itertools.pairwise([*keywords, (len(text), None)]):
         if start < limit:
             end = _sentence_end(text, start, min(start + MAX_LENGTH + 1, limit))
@@ -159,10 +175,18 @@ def _final_answers(text):
                 linked.add(begin)
     answers = _boxes(text)
     answers += [found for found in lines + phrases
-                if _STARTS_ANSWER.match(found[3]) and not (found[2] == _LINE and _HEADING.match(found[3]))]
+                if _starts_answer(found[3], found[2])]
     answers = answers or [found for found in lines + phrases
                           if found[3].strip() and (found[2] == _LINE or found[0] in linked)]
     return [(start, end, kind, answer.strip()) for start, end, kind, answer in answers]
+
+
+def _starts_answer(text, kind):
+    return bool(_STARTS_ANSWER.match(text)) and not (kind == _LINE and _HEADING.match(text))
+
+
+def _half_width(text):
+    return text if text.isascii() else text.translate(_HALF_WIDTH)
 
 
 def _boxes(text):

@@ -159,7 +159,7 @@ class _Worker:
 
 def serve(function, memory_bytes, lifeline):
     """What a worker does: say that it is ready, then answer requests until the parent ends."""
-    _end_with(lifeline)
+    end_with(lifeline)
     connection = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)  # what the function reads is not the socket
@@ -190,7 +190,7 @@ def _import(function):
     return fail
 
 
-def _end_with(lifeline):
+def end_with(lifeline):
     """Have the kernel end this process, by SIGIO, as soon as the pipe's other end closes: when the parent ends.
 
     The function may hold the interpreter's lock for hours, so that nothing in Python would notice, and PR_SET_PDEATHSIG
