@@ -51,7 +51,7 @@ from .data.documents import to_chat, to_example
 from .data.engine import Local, cut
 from .data.mixture import mix_samples
 from .data.packed_shards import write_packed
-from .data.pool import Pool, TextBytes, json_line, write_pool
+from .data.pool import Pool, TextBytes, escape_halves, json_line, write_pool
 from .data.shards import open_aside, read_shard, write_aside, write_shard
 from .data.sources import Source, list_files, read_sources
 from .data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ from .runtime.checkpoint import lock_folder, write_atomic
 from .runtime.device import num_usable_cores
 from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 
-_LINKED_CHARS = 1 << 26  # of documents that bands link, compared with each other at a time; a larger group is one
+_LINKED_CHARS = 1 << 21  # of documents that bands link, compared with each other at a time; a larger group is one
 _NO_PART_IN_LABELS = ("api_key_env", "timeout_s", "max_retries", "num_parallel", "prompt_price", "completion_price",
                       "pass_rates")
 _LEAST_FILL = 0.95  # of rows
@@ -103,20 +103,23 @@ def exact_duplicates(documents):
 
 def annotate(documents, config, engine, path, cache, reporter):
     """Writes the Attributes of the documents to a file, a line {"document", ...} each, by rules and, where config asks
-    for one, a model whose replies are kept in the folder cache."""
+    for one, a model whose replies are kept in the folder cache; and beside it, .shard, their quality and difficulty."""
     pieces, count = cut(documents), 0
+    values = []
     with open_aside(path) as file:
-        for numbers, annotated in zip(pieces, _annotations(documents.pool, pieces, config, engine, cache, reporter),
-                                      strict=True):
-            for number, attributes in zip(numbers.tolist(), annotated, strict=True):
-                file.write(json_line({"document": number} | attributes))
+        for numbers, (lines, values_D2) in zip(
+                pieces, _annotations(documents.pool, pieces, config, engine, cache, reporter), strict=True):
+            file.write(lines)
+            values.append(values_D2)
             count += numbers.size
             if config.engine == "rules":
                 reporter.advance(count)
+        write_shard(path.with_suffix(".shard"), dict(zip(("quality", "difficulty"), np.concatenate(values).T,
+                                                         strict=True)))
 
 
 def _annotations(pool, pieces, config, engine, cache, reporter):
-    """For each piece the JSON objects of its documents' Attributes."""
+    """For each piece what `_as_lines` gives."""
     if config.engine == "rules":
         yield from engine.map(functools.partial(_annotate_by_rules, config.pass_rates), pool, pieces)
         return
@@ -137,7 +140,7 @@ def _annotations(pool, pieces, config, engine, cache, reporter):
             before = so_far[-1]
             if config.pass_rates:
                 annotated = add_complexity(documents, annotated, _rates(config.pass_rates))
-            yield [to_json(one) for one in annotated]
+            yield _as_lines(numbers, annotated)
     say(describe(before))
 
 
@@ -249,7 +252,14 @@ def _annotate_by_rules(run_folder, pool, numbers):
     annotated = annotate_by_rules(documents)
     if run_folder:
         annotated = add_complexity(documents, annotated, _rates(run_folder))
-    return [to_json(attributes) for attributes in annotated]
+    return _as_lines(numbers, annotated)
+
+
+def _as_lines(numbers, annotated):
+    """(lines of JSON, quality and difficulty float64 [D, 2]) of the Attributes of documents."""
+    lines = b"".join(json_line({"document": number} | to_json(attributes))
+                     for number, attributes in zip(numbers.tolist(), annotated, strict=True))
+    return lines, np.array([(quality(attributes), difficulty(attributes)) for attributes in annotated])
 
 
 _rates = functools.lru_cache(maxsize=1)(pass_rates)
@@ -425,7 +435,7 @@ def curate(recipe, run_dir=None, may_build=True):
         write_atomic(folder / "curation.json", json.dumps({"key": key}))
         write_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(recipe))))
         began = time.monotonic()
-        pool = _read(work, sources, config)
+        pool = _read(work, sources, config, engine)
         flow = Flow(work, pool_key)
         documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, items,
                                                       items_digest, engine)
@@ -473,8 +483,8 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
         if not labels.exists():
             with Reporter("annotate", documents.numbers.size) as reporter:
                 annotate(documents, config.annotate, engine, labels, flow.work.parent / "annotations", reporter)
-        for number, attributes in read_attributes(labels):
-            quality_N[number], difficulty_N[number] = quality(attributes), difficulty(attributes)
+        values = read_shard(labels.with_suffix(".shard"))
+        quality_N[documents.numbers], difficulty_N[documents.numbers] = values["quality"], values["difficulty"]
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
                              unwanted_attributes(read_attributes(labels), config.filter))
     if "benchmarks" in config.stages and items:
@@ -552,7 +562,7 @@ def _question(record):
     return "\n".join(message.content for message in messages)
 
 
-def _read(work, sources, config):
+def _read(work, sources, config, engine):
     if not (work / "pool.json").exists():
         say("reading: " + ", ".join(f"{source.name} ({len(list_files(source))} files)" for source in sources))
         began, last = time.monotonic(), time.monotonic()
@@ -563,7 +573,7 @@ def _read(work, sources, config):
                 last = time.monotonic()
                 say(f"reading: {count:,} documents, {count / (last - began):,.0f} a second")
 
-        write_pool(work, sources, config.on_error == "skip", on_progress)
+        write_pool(work, sources, config.on_error == "skip", on_progress, engine.map_batches)
     pool = Pool(work)
     lost = f", {pool.num_malformed:,} malformed, see {work / 'malformed.jsonl'}" if pool.num_malformed else ""
     say(f"read: {len(pool):,} documents{lost}")
@@ -673,19 +683,20 @@ def _write_dropped(folder, flow, pool):
             with open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file:
                 for finding in read_findings(flow.work / stage["file"]):
                     if finding.drop == (part == "dropped"):
-                        file.write(json_line(_described(finding, stage["name"], pool)))
+                        file.write(_described(finding, stage["name"], pool))
 
 
 def _described(finding, stage, pool):
-    document = pool.document(finding.document)
+    """The line of a finding, the record in the bytes that it has in the pool."""
+    file, place = pool.place(finding.document)
     line = {"stage": stage, "reason": finding.reason, "score": finding.score}
     if isinstance(finding.partner, int):
-        file, number = pool.place(finding.partner)
-        line["partner"] = {"file": file, "line": number}
+        line["partner"] = dict(zip(("file", "line"), pool.place(finding.partner), strict=True))
     elif finding.partner is not None:
         line["partner"] = finding.partner
-    return line | (finding.details or {}) | {"source": document.source, "file": document.file, "line": document.line,
-                                             "record": document.record}
+    line |= (finding.details or {}) | {"source": pool.sources[pool.sources_N[finding.document]]["name"], "file": file,
+                                       "line": place}
+    return json_line(line)[:-2] + b', "record": ' + escape_halves(pool.record_bytes(finding.document)) + b"}\n"
 
 
 main = entry_point(run)

@@ -38,6 +38,10 @@ class Local:
     def __exit__(self, *exception):
         return self._stack.__exit__(*exception)
 
+    def map_batches(self, function, batches):
+        """Yields function(batch) for each batch, in their order."""
+        yield from map_pieces(self._workers, function, batches, self.num_processes)
+
     def map(self, function, pool, pieces):
         """Yields function(pool, piece) for each piece, in their order."""
         yield from map_pieces(self._workers, functools.partial(_apply, function, pool), pieces, self.num_processes)

@@ -11,54 +11,99 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .dedup import content_key
 from .shards import open_aside, read_shard, write_aside, write_shard
-from .sources import Document, read_sources
+from .sources import Document, Malformed, read_unread, to_document
 
-_CHUNK_DOCUMENTS = 1 << 16  # whose numbers wait as Python objects
+_BATCH_RECORDS, _BATCH_BYTES = 2048, 1 << 22  # that a process reads at a time, at most; a longer record is one
 
 
-def write_pool(folder, sources, skip_malformed=False, on_progress=None):
+def write_pool(folder, sources, skip_malformed=False, on_progress=None, map_batches=map):
     """Writes the Documents of a list of Source to a folder; returns its Pool.
 
     skip_malformed: what cannot be read goes to malformed.jsonl, instead of ending with its ValueError.
-    on_progress(count) is called now and then. Killed, it begins again. Raises ValueError if no document is left.
+    on_progress(count) is called now and then. map_batches: as map, to work in other processes. Killed, it begins again.
+    Raises ValueError if no document is left.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    columns, files, languages, num_malformed = _Columns(), {}, {}, 0
+    chunks, files, languages, num_malformed, count = [], {}, {}, 0, 0
+    place = {source.name: number for number, source in enumerate(sources)}
     with (open_aside(folder / "malformed.jsonl") as malformed, open_aside(folder / "texts.bin") as texts,
           open_aside(folder / "records.bin") as records):
-
-        def note(what):
-            nonlocal num_malformed
-            num_malformed += 1
-            malformed.write(json_line(what._asdict()))
-
-        numbers = {source.name: number for number, source in enumerate(sources)}
-        for document in read_sources(sources, note if skip_malformed else None):
-            text = document.text.encode()
-            record = json.dumps(document.record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            texts.write(text)
-            records.write(record)
-            columns.append(len(text), len(record), len(document.text), numbers[document.source],
-                           files.setdefault(document.file, len(files)), document.line,
-                           languages.setdefault(document.language, len(languages)), content_key(document.text))
-            if on_progress and len(columns) % 1000 == 0:
-                on_progress(len(columns))
-    if not len(columns):
+        for batch in map_batches(_read_batch, _batches(read_unread(sources))):
+            for what in batch.malformed:
+                if not skip_malformed:
+                    raise ValueError(f"{what.file}:{what.line}: {what.reason}")
+                num_malformed += 1
+                malformed.write(json_line(what._asdict()))
+            texts.write(batch.texts)
+            records.write(batch.records)
+            columns = batch.columns | {
+                "sources": np.array([place[name] for name in batch.names["sources"]], np.uint16),
+                "files": np.array([files.setdefault(f, len(files)) for f in batch.names["files"]], np.uint32),
+                "languages": np.array([languages.setdefault(x, len(languages)) for x in batch.names["languages"]],
+                                      np.uint16)}
+            chunks.append(columns)
+            count += columns["sources"].size
+            if on_progress:
+                on_progress(count)
+    if not count:
         raise ValueError(f"no document is left of {num_malformed} malformed ones, see {folder / 'malformed.jsonl'}: "
                          "check curate.sources, and the fields of each source.")
-    write_shard(folder / "columns.shard", columns.arrays())
+    write_shard(folder / "columns.shard", {name: np.concatenate([chunk[name] for chunk in chunks])
+                                           for name in chunks[0]})
     described = [{"name": source.name, "category": source.category, "licence": source.licence,
                   "fields": list(source.fields)} for source in sources]
     write_aside(folder / "pool.json", json.dumps(
-        {"num_documents": len(columns), "num_malformed": num_malformed, "sources": described, "files": list(files),
+        {"num_documents": count, "num_malformed": num_malformed, "sources": described, "files": list(files),
          "languages": list(languages)}, ensure_ascii=False, indent=1).encode())
     return Pool(folder)
+
+
+class _Batch(NamedTuple):
+    """What a process made of some records."""
+
+    texts: bytes
+    records: bytes
+    columns: dict
+    names: dict  # of sources, files and languages, lists of strings
+    malformed: list
+
+
+def _batches(all_unread):
+    """Lists of Unread, of some hundred kilobytes where lines are long."""
+    batch, num_bytes = [], 0
+    for unread in all_unread:
+        batch.append(unread)
+        num_bytes += len(unread.parse.args[-1])  # a line, or the fields of a row
+        if len(batch) == _BATCH_RECORDS or num_bytes > _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _read_batch(batch):
+    found = [to_document(unread) for unread in batch]
+    documents = [one for one in found if isinstance(one, Document)]
+    texts = [document.text.encode() for document in documents]
+    records = [json.dumps(document.record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+               for document in documents]
+    keys = b"".join(content_key(document.text) for document in documents)
+    columns = {"text_bytes": np.array([len(text) for text in texts], np.int64),
+               "record_bytes": np.array([len(record) for record in records], np.int64),
+               "char_counts": np.array([len(document.text) for document in documents], np.uint32),
+               "lines": np.array([document.line for document in documents], np.uint32),
+               "keys": np.frombuffer(keys, np.uint64).reshape(-1, 2)}
+    names = {"sources": [document.source for document in documents], "files": [one.file for one in documents],
+             "languages": [document.language for document in documents]}
+    return _Batch(b"".join(texts), b"".join(records), columns, names,
+                  [one for one in found if isinstance(one, Malformed)])
 
 
 class Pool:
@@ -96,7 +141,10 @@ class Pool:
         return self._read("texts.bin", self._text_ends, number)
 
     def record(self, number):
-        return json.loads(self._read("records.bin", self._record_ends, number).decode("utf-8", "surrogatepass"))
+        return json.loads(self.record_bytes(number).decode("utf-8", "surrogatepass"))
+
+    def record_bytes(self, number):
+        return self._read("records.bin", self._record_ends, number)
 
     def document(self, number):
         source = self.sources[self.sources_N[number]]
@@ -143,41 +191,18 @@ class TextBytes:
         return self.pool.text_bytes(self.numbers[i])
 
 
+def escape_halves(data):
+    """The bytes of a record with halves of surrogate pairs spelled out as JSON does: valid UTF-8."""
+    try:
+        data.decode()
+        return data
+    except UnicodeDecodeError:
+        return json.dumps(json.loads(data.decode("utf-8", "surrogatepass"))).encode()
+
+
 def json_line(value):
     """value as a line of JSON; half of a surrogate pair, which only JSON can spell, stays spelled out."""
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(value).encode() + b"\n"
-
-
-class _Columns:
-    """Rows of numbers that become arrays, some thousands of rows at a time."""
-
-    _NAMES = ("text_bytes", "record_bytes", "char_counts", "sources", "files", "lines", "languages")
-    _TYPES = (np.int64, np.int64, np.uint32, np.uint16, np.uint32, np.uint32, np.uint16)
-
-    def __init__(self):
-        self._rows, self._keys, self._chunks, self._count = [], [], [], 0
-
-    def __len__(self):
-        return self._count
-
-    def append(self, *row):
-        self._rows.append(row[:-1])
-        self._keys.append(row[-1])
-        self._count += 1
-        if len(self._rows) == _CHUNK_DOCUMENTS:
-            self._flush()
-
-    def _flush(self):
-        values = np.array(self._rows, np.int64).reshape(-1, len(self._NAMES))
-        chunk = {name: column.astype(dtype)
-                 for name, dtype, column in zip(self._NAMES, self._TYPES, values.T, strict=True)}
-        chunk["keys"] = np.frombuffer(b"".join(self._keys), np.uint64).reshape(-1, 2)
-        self._chunks.append(chunk)
-        self._rows, self._keys = [], []
-
-    def arrays(self):
-        self._flush()
-        return {name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in (*self._NAMES, "keys")}

@@ -8,6 +8,7 @@ import functools
 import glob
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,11 +84,18 @@ def read_sources(sources, on_malformed=None):
     Raises ValueError at once for sources of one name and for paths without files, and on the way for a file that is
     empty, cut off or not of its kind, which is never left out; ImportError for Parquet where pyarrow is missing.
     """
-    names = [source.name for source in sources]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"several sources are named {', '.join(map(repr, repeated))}: give each a name of its own.")
-    return _read([(source, list_files(source)) for source in sources], on_malformed)
+    return _read(read_unread(sources), on_malformed)
+
+
+def _read(all_unread, on_malformed):
+    for unread in all_unread:
+        found = to_document(unread)
+        if isinstance(found, Document):
+            yield found
+        elif on_malformed is None:
+            raise ValueError(f"{found.file}:{found.line}: {found.reason}")
+        else:
+            on_malformed(found)
 
 
 def list_files(source):
@@ -182,20 +190,41 @@ def detect_language(text):
     return languages[max(shares, key=shares.get)] if shares else _NO_LANGUAGE
 
 
-def _read(sources, on_malformed):
+class Unread(NamedTuple):
+    """A record that has not been looked at. parse(): it, or ValueError; it can be pickled."""
+
+    source: Source
+    file: str
+    line: int
+    parse: Callable
+
+
+def read_unread(sources):
+    """Iterates over the Unread of a list of Source, as `read_sources` over their Documents."""
+    names = [source.name for source in sources]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"several sources are named {', '.join(map(repr, repeated))}: give each a name of its own.")
+    return _unread([(source, list_files(source)) for source in sources])
+
+
+def _unread(sources):
     for source, files in sources:
         for file in files:
             for line, parse in _parquet_rows(file) if file.suffix == ".parquet" else _lines(file):
-                try:
-                    record = parse()
-                    text = record_text(record, source.fields)
-                except ValueError as error:
-                    if on_malformed is None:
-                        raise ValueError(f"{file}:{line}: {error}") from None
-                    on_malformed(Malformed(source.name, str(file), line, str(error)))
-                    continue
-                yield Document(text, record, source.name, source.language or detect_language(text), source.category,
-                               source.licence, str(file), line)
+                yield Unread(source, str(file), line, parse)
+
+
+def to_document(unread):
+    """The Document of an Unread, or Malformed."""
+    source, file, line, parse = unread
+    try:
+        record = parse()
+        text = record_text(record, source.fields)
+    except ValueError as error:
+        return Malformed(source.name, file, line, str(error))
+    return Document(text, record, source.name, source.language or detect_language(text), source.category,
+                    source.licence, file, line)
 
 
 def _lines(file):
@@ -221,7 +250,11 @@ def _parquet_rows(file):
                 for i in range(batch.num_rows):
                     number += 1
                     # One by one: a string that is not UTF-8 is an error of its row only.
-                    yield number, lambda batch=batch, i=i: batch.slice(i, 1).to_pylist()[0]
+                    try:
+                        parse = functools.partial(_given, batch.slice(i, 1).to_pylist()[0])
+                    except ValueError as error:
+                        parse = functools.partial(_refuse, str(error))
+                    yield number, parse
     except pa.ArrowException as error:
         raise ValueError(f"{file}: cannot be read as Parquet ({error}): fetch or write the file again.") from None
     except OSError as error:
@@ -230,6 +263,14 @@ def _parquet_rows(file):
         raise ValueError(f"{file}: cannot be read as Parquet ({error}): fetch or write the file again.") from None
     if not number:
         raise ValueError(f"{file}: the file is empty: expected at least one row.")
+
+
+def _given(record):
+    return record
+
+
+def _refuse(reason):
+    raise ValueError(reason)
 
 
 def _plain_field(pa, field, file):

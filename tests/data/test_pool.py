@@ -41,8 +41,9 @@ def test_documents_come_back_as_the_sources_gave_them(tmp_path, sources):
     assert [text.decode() for text in TextBytes(pool, np.array([6, 1]))] == [expected[6].text, expected[1].text]
 
 
-def test_many_documents_go_through_the_buffer_of_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_module, "_CHUNK_DOCUMENTS", 7)
+@pytest.mark.parametrize("limit", ["_BATCH_RECORDS", "_BATCH_BYTES"])
+def test_many_documents_are_read_in_batches(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(pool_module, limit, 7)
     path = tmp_path / "many.txt.jsonl"
     path.write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(50)), encoding="utf-8")
     pool = write_pool(tmp_path / "pool", [Source("many", str(path))])
