@@ -217,7 +217,7 @@ def test_rollout_measures_the_pass_rate_of_every_problem_and_documents_find_thei
     """The oracle: a model that knows the first 20 of the 40 problems by heart, and was never told of the others."""
     command = [sys.executable, "-m", "mindpangu.rollout", "scale=smoke", "recipe=grpo", f"init_from={memorised_run}",
                "data.dress=reasoning", "data.num_examples=40", "data.num_heldout=1", "grpo.pass_rate_samples=2",
-               "rollout.temperature=0.01", "run.dir=rates"]
+               "rollout.temperature=0.01", "data.seq_len=192", "rollout.max_new_tokens=112", "run.dir=rates"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rates" / "pass_rates.jsonl").read_text().splitlines()]

@@ -134,10 +134,6 @@ def _string(value):
     return value if isinstance(value, str) else None
 
 
-def _words(text):
-    return frozenset(text.split())
-
-
 def _stretches(text):
     """(ASCII, others) of stretches with | between them: most prompts can hold the first only."""
     stretches = text.split("|")
@@ -146,7 +142,7 @@ def _stretches(text):
 
 
 # (subcategory, English words, stretches of text): a prompt is of the first of which it holds any, in lower case.
-_TOPICS = tuple((topic, _words(words), _stretches(stretches)) for topic, words, stretches in (
+_TOPICS = (
     ("code",
      "python javascript typescript html css sql regex cpp golang java kotlin rust bash dockerfile numpy pandas api "
      "json algorithm pseudocode debug",
@@ -176,12 +172,17 @@ _TOPICS = tuple((topic, _words(words), _stretches(stretches)) for topic, words, 
     ("science",
      "physics chemistry biology molecule molecules electron atom atoms velocity acceleration enzyme protein dna "
      "photosynthesis thermodynamics voltage species",
-     "物理|化学|生物|分子|原子|电压|加速度|细胞|蛋白质")))
-_NUMBERS = _words("two three four five six seven eight nine ten eleven twelve twenty thirty fifty hundred thousand "
-                  "half twice double triple dozen")
+     "物理|化学|生物|分子|原子|电压|加速度|细胞|蛋白质"))
+_TOPIC_OF_WORD = {word: i for i, (_, words, _) in reversed(list(enumerate(_TOPICS))) for word in words.split()}
+_TOPIC_WORDS = frozenset(_TOPIC_OF_WORD)
+_TOPIC_STRETCHES = [(stretch, i) for i, (_, _, stretches) in enumerate(_TOPICS) for stretch in stretches.split("|")]
+_ASCII_TOPIC_STRETCHES = [(stretch, i) for stretch, i in _TOPIC_STRETCHES if stretch.isascii()]
+_NO_MATHS = {i for i, (topic, _, _) in enumerate(_TOPICS) if topic in ("translation", "writing")}
+_NUMBERS = frozenset("two three four five six seven eight nine ten eleven twelve twenty thirty fifty hundred thousand "
+                     "half twice double triple dozen".split())
 _CHINESE_NUMBERS = re.compile("[一二两三四五六七八九十百千万半]")
 _DIGITS = re.compile(r"\d+")
-_PUNCTUATION = str.maketrans(dict.fromkeys("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~，。？！；：、“”（）", " "))
+_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~，。？！；：、“”（）"
 _MIN_QUANTITIES = 2  # numbers in a word problem
 _ASKS_KNOWLEDGE = re.compile(r"\b(?:who|whom|whose|when|where|which|capital|explain|describe|define|what (?:is|are|was|"
                              r"were|does|do))\b")
@@ -198,12 +199,18 @@ def find_subcategory(prompt, verifiable=None, has_tests=False):
     if has_tests:
         return "code"
     lower, is_ascii = prompt.lower(), prompt.isascii()
-    words = set(lower.translate(_PUNCTUATION).split())
-    for topic, single, stretches in _TOPICS:
-        if verifiable == "math" and topic in ("translation", "writing"):
-            continue  # a word problem about letters
-        if not single.isdisjoint(words) or _holds(lower, stretches, is_ascii):
-            return topic
+    words = {word.strip(_PUNCTUATION) for word in lower.split()}
+    skipped = _NO_MATHS if verifiable == "math" else ()  # a word problem about letters
+    first = min((topic for word in words & _TOPIC_WORDS if (topic := _TOPIC_OF_WORD[word]) not in skipped),
+                default=len(_TOPICS))
+    for stretch, topic in _ASCII_TOPIC_STRETCHES if is_ascii else _TOPIC_STRETCHES:
+        if topic >= first:
+            break
+        if stretch in lower and topic not in skipped:
+            first = topic
+            break
+    if first < len(_TOPICS):
+        return _TOPICS[first][0]
     if verifiable == "math":
         count = len(_DIGITS.findall(prompt)) + len(_NUMBERS & words)
         if count < _MIN_QUANTITIES and not is_ascii:

@@ -183,10 +183,10 @@ def test_settings_that_cannot_work_are_refused_by_name(bad, message):
 # ---- Our own checkpoints ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def checkpoint(trained_once):
-    """A run whose model has room for the question."""
-    folder, _ = trained_once("long", "recipe=sft_direct", "init_from=null", "model.max_seq_len=4096", "run.dir=run")
-    return AnnotateConfig(engine="checkpoint", checkpoint=str(folder / "run"), max_prompt_len=3000, max_new_tokens=16,
+def checkpoint(smoke):
+    """A run whose model has just room for the question: 1024 tokens."""
+    folder = next(smoke[0].glob("runs/sft_fast-smoke-*"))
+    return AnnotateConfig(engine="checkpoint", checkpoint=str(folder), max_prompt_len=1000, max_new_tokens=16,
                           documents_per_request=1)
 
 
