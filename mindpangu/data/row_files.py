@@ -14,7 +14,7 @@ _GROUP_ROWS = 64  # of a Parquet file, in memory at a time
 
 
 def list_rows(packed):
-    """Yields {column: int32 array} for each row of a PackedRows of one row a micro-batch.
+    """Yields {column: int32 array} for each row of a PackedRows, or ShardBatches, of one row a micro-batch.
 
     input_ids [T]. labels [T]: the token that follows, where it is learnt, else pad_id. loss_mask [T]: 1 where it is.
     position_ids [T]: from 0 in every document. actual_seq_len [C]: where documents end, padding being the last one,
@@ -24,7 +24,7 @@ def list_rows(packed):
     if packed.micro_batch_rows != 1:
         raise ValueError(f"micro_batch_rows={packed.micro_batch_rows}: expected rows packed with micro_batch_rows=1.")
     for row in range(packed.num_rows):
-        batch = packed.assemble([[row]])
+        batch = packed.assemble(np.array([[row]]))
         if batch.extras:
             raise ValueError("the rows have extras, which MindRecord and Parquet rows do not: export them without.")
         learnt = batch.target_index_AS[0][batch.loss_weights_AS[0] == 1]
