@@ -29,7 +29,6 @@ from omegaconf import OmegaConf
 
 from .benchmarks.items import list_items
 from .config import as_dict
-from .data.annotators import Progress, annotate_by_model, describe, open_endpoint
 from .data.arithmetic import make_problems
 from .data.arithmetic import to_example as problem_to_example
 from .data.attributes import (
@@ -123,6 +122,8 @@ def _annotations(pool, pieces, config, engine, cache, reporter):
     if config.engine == "rules":
         yield from engine.map(functools.partial(_annotate_by_rules, config.pass_rates), pool, pieces)
         return
+    from .data.annotators import Progress, annotate_by_model, describe, open_endpoint  # which imports an HTTP client
+
     before = Progress(0, 0, 0, 0, 0, 0.0)  # of the pieces that are done
     with open_endpoint(config, cache) as endpoint:
         for numbers in pieces:
@@ -201,7 +202,7 @@ def near_duplicates_of(documents, quality_N, settings, engine, scratch, on_done)
             yield Finding(int(numbers[place]), "near_duplicate", float(scores[place]), int(numbers[partners[place]]))
 
 
-def zip_selection(documents, strata_N, settings, num_processes, scratch, on_done):
+def zip_selection(documents, strata_N, settings, num_processes, scratch, on_done, workers=None):
     """Documents that are not among the settings' budget of those that repeat least."""
     pool, numbers = documents
     if not 0 < settings.budget < numbers.size:
@@ -222,7 +223,7 @@ def zip_selection(documents, strata_N, settings, num_processes, scratch, on_done
     if settings.compat == "repr":
         texts = [pool.record(number) for number in numbers]
     selected = select(texts, settings.budget, settings.engine, settings.k1, settings.k2, settings.k3, strata_N,
-                      settings.compat, num_processes, state, save)
+                      settings.compat, num_processes, state, save, workers)
     for place in np.setdiff1d(np.arange(numbers.size), selected).tolist():
         score = float(state.scores_N[place])
         yield Finding(int(numbers[place]), "not_selected", score if np.isfinite(score) else None)
@@ -501,7 +502,7 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
         documents = flow.run("zip", documents, as_dict(config.zip),
                              lambda documents, scratch, on_done: zip_selection(
                                  documents, _strata(documents) if config.zip.strata else None, config.zip,
-                                 num_processes, scratch, on_done))
+                                 num_processes, scratch, on_done, engine.workers))
     return documents, difficulty_N, labels
 
 

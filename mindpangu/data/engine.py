@@ -31,7 +31,7 @@ class Local:
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
-        self._workers = (self._stack.enter_context(worker_processes(self.num_processes)) if self.num_processes > 1
+        self.workers = (self._stack.enter_context(worker_processes(self.num_processes)) if self.num_processes > 1
                          else None)
         return self
 
@@ -40,11 +40,11 @@ class Local:
 
     def map_batches(self, function, batches):
         """Yields function(batch) for each batch, in their order."""
-        yield from map_pieces(self._workers, function, batches, self.num_processes)
+        yield from map_pieces(self.workers, function, batches, self.num_processes)
 
     def map(self, function, pool, pieces):
         """Yields function(pool, piece) for each piece, in their order."""
-        yield from map_pieces(self._workers, functools.partial(_apply, function, pool), pieces, self.num_processes)
+        yield from map_pieces(self.workers, functools.partial(_apply, function, pool), pieces, self.num_processes)
 
     def link(self, documents, settings, scratch, on_done):
         """int64 for each document: the place of the first of those that are linked to it by bands that two share.

@@ -18,6 +18,8 @@ class RayEngine:
     Pieces whose worker process or machine is lost are done again. Raises ImportError where Ray is missing.
     """
 
+    workers = None  # of this machine
+
     def __init__(self, num_cpus):
         try:
             import ray

@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import math
+import pickle
 import zlib
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ ENGINES = ("zlib_exact", "zstd")
 # The level of the zstd engine, and the most of a history that it refers to: 2^27 bytes, its decoder's default limit.
 _LEVEL, _MAX_WINDOW_BITS = 6, 27
 _CONTEXT_BYTES = 2048  # 60 microseconds a candidate; enough literals for tables of their own
-_scorer = None  # in a worker process: its own _Deflate or _Zstandard
+_scorer = None  # in a worker process: what it was made from, and its own _Deflate or _Zstandard
 
 
 class State(NamedTuple):
@@ -31,7 +32,7 @@ class State(NamedTuple):
 
 
 def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N=None, compat=None, num_processes=1,
-           state=None, save=None):
+           state=None, save=None, workers=None):
     """Indices int64 [min(budget, N)] of the documents selected, in order; each at most once.
 
     documents: strings; or a sequence of UTF-8 bytes, which are read when they are needed, and which a process of its
@@ -51,7 +52,8 @@ def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N
     strata_N: a label per document, say (language, category), for scripts differ in bytes per character: the budget is
     divided in proportion to their numbers of documents (largest remainders, of equal ones the first label), and each
     is selected from by itself, by label. None: one stratum.
-    num_processes: the result does not depend on it. Above 1, the caller's main module has to be importable.
+    num_processes: the result does not depend on it. Above 1, the caller's main module has to be importable. workers: an
+    executor of so many processes, see parallel.worker_processes; None: one of its own.
     state: a State to go on from; save(state) is called after every round.
     Raises ValueError if an argument is none of those, or state belongs to other documents.
     Source: github.com/USTC-StarTeam/ZIP, ZIP.py.
@@ -76,7 +78,7 @@ def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N
         strings = map(repr, documents) if compat == "repr" else documents
         texts = [string.encode("utf-8", "surrogatepass") for string in strings]
     lengths_N = np.array([len(text) for text in texts], np.int64)
-    with _scoring(make, texts, num_processes) as score:
+    with _scoring(make, texts, num_processes, workers) as score:
         if state is None:
             nothing = np.zeros(0, np.int64)
             state = State(score(nothing, np.arange(len(texts))), nothing)
@@ -220,27 +222,33 @@ def _zstd_compressor(history):
 
 
 @contextlib.contextmanager
-def _scoring(make, texts, num_processes):
+def _scoring(make, texts, num_processes, workers):
     """A function (history, candidates) -> float64 scores; of arrays of indices. It works in num_processes processes."""
     scorer = make(texts)
     if num_processes == 1:
         yield lambda history, candidates: np.array(scorer.score(history.tolist(), candidates.tolist()), np.float64)
         return
-    with worker_processes(num_processes, _start_worker, (make, texts)) as pool:
+    made = pickle.dumps((make, texts))
+    own = worker_processes(num_processes, _start_worker, (made,)) if workers is None else None
+    with own or contextlib.nullcontext(workers) as pool:
 
         def score(history, candidates):
             if candidates.size < 4 * num_processes:  # handing over takes longer
                 return np.array(scorer.score(history.tolist(), candidates.tolist()), np.float64)
             parts = [part.tolist() for part in np.array_split(candidates, num_processes)]
-            return np.concatenate(list(pool.map(_work, [history.tolist()] * num_processes, parts)))
+            scores = pool.map(_work, [None if own else made] * num_processes, [history.tolist()] * num_processes, parts)
+            return np.concatenate(list(scores))
 
         yield score
 
 
-def _start_worker(make, texts):
+def _start_worker(made):
     global _scorer
-    _scorer = make(texts)
+    make, texts = pickle.loads(made)
+    _scorer = made, make(texts)
 
 
-def _work(history, candidates):
-    return np.array(_scorer.score(history, candidates), np.float64)
+def _work(made, history, candidates):
+    if made is not None and (_scorer is None or _scorer[0] != made):
+        _start_worker(made)
+    return np.array(_scorer[1].score(history, candidates), np.float64)
