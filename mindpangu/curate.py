@@ -15,6 +15,7 @@ Imports no MindSpore.
 """
 
 import functools
+import itertools
 import json
 import pickle
 import shutil
@@ -63,6 +64,7 @@ from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 _LINKED_CHARS = 1 << 21  # of documents that bands link, compared with each other at a time; a larger group is one
 _NO_PART_IN_LABELS = ("api_key_env", "timeout_s", "max_retries", "num_parallel", "prompt_price", "completion_price",
                       "pass_rates")
+_CHUNK = 2048  # lines that a process handles at a time
 _LEAST_FILL = 0.95  # of rows
 _SAVE_EVERY_S = 30.0  # of what a selection has so far
 
@@ -145,19 +147,34 @@ def _annotations(pool, pieces, config, engine, cache, reporter):
     say(describe(before))
 
 
-def unwanted_attributes(annotated, config):
-    """Documents that a FilterConfig drops. annotated: yields (number, Attributes)."""
-    for number, attributes in annotated:
-        if found := judge_attributes(attributes, config):
-            yield Finding(number, *found, details={"attributes": to_json(attributes)})
-
-
-def read_attributes(path):
-    """Yields (number of the document, Attributes) of a file of `annotate`."""
+def unwanted_attributes(path, config, engine):
+    """Documents that a FilterConfig drops, by their Attributes in a file of `annotate`."""
     with open(path, "rb") as file:
-        for line in file:
-            fields = json.loads(line)
-            yield fields.pop("document"), from_json(fields)
+        for findings in engine.map_batches(functools.partial(_judge, config), _chunks(file)):
+            yield from findings
+
+
+def _judge(config, lines):
+    findings = []
+    for line in lines:
+        number, attributes = _parse_attributes(line)
+        if found := judge_attributes(attributes, config):
+            findings.append(Finding(number, *found, details={"attributes": to_json(attributes)}))
+    return findings
+
+
+def _parse_attributes(line):
+    fields = json.loads(line)
+    return fields.pop("document"), from_json(fields)
+
+
+def read_attributes(path, numbers):
+    """Yields the Attributes, as a JSON object, of the documents with these rising numbers."""
+    with open(path, "rb") as file:
+        for number in numbers:
+            opening = b'{"document": %d,' % number
+            line = next(line for line in file if line.startswith(opening))  # each is read once
+            yield to_json(_parse_attributes(line)[1])
 
 
 def benchmarks(documents, items, action, engine, scratch, on_done):
@@ -411,6 +428,11 @@ def run(recipe, overrides):
 def curate(recipe, run_dir=None, may_build=True):
     """Curates the sources of a recipe into packed rows; returns the run folder. ValueError where it is not there and
     may not be built."""
+    with make_engine(recipe.curate.engine, _num_processes(recipe)) as engine:
+        return _curate(recipe, run_dir, may_build, engine)
+
+
+def _curate(recipe, run_dir, may_build, engine):
     from .tools.report_curate import draw_curation
 
     config, root = recipe.curate, Path(recipe.run.root)
@@ -432,7 +454,7 @@ def curate(recipe, run_dir=None, may_build=True):
         raise ValueError(f"{folder}: not curated yet, which at this scale is a job of its own: run python -m "
                          "mindpangu.curate with the same arguments first.")
     work = root / f"documents-{pool_key}"
-    with lock_folder(folder), lock_folder(work), make_engine(config.engine, _num_processes(recipe)) as engine:
+    with lock_folder(folder), lock_folder(work):
         write_atomic(folder / "curation.json", json.dumps({"key": key}))
         write_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(recipe))))
         began = time.monotonic()
@@ -442,7 +464,7 @@ def curate(recipe, run_dir=None, may_build=True):
                                                       items_digest, engine)
         documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
         _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, labels)
-        _write_dropped(folder, flow, pool)
+        _write_dropped(folder, flow, pool, engine)
         summary = {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
                    "documents": len(pool), "malformed": pool.num_malformed, "stages": flow.stages, **rows}
         write_atomic(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
@@ -487,7 +509,7 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
         values = read_shard(labels.with_suffix(".shard"))
         quality_N[documents.numbers], difficulty_N[documents.numbers] = values["quality"], values["difficulty"]
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
-                             unwanted_attributes(read_attributes(labels), config.filter))
+                             unwanted_attributes(labels, config.filter, engine))
     if "benchmarks" in config.stages and items:
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
                              lambda documents, scratch, on_done: benchmarks(
@@ -656,7 +678,7 @@ def _strata(documents):
 def _write_documents(path, documents, dress, labels=None):
     """The documents as conversations, or as plain documents. labels: a file with the attributes of these and others."""
     pool = documents.pool
-    known = read_attributes(labels) if labels else None
+    known = read_attributes(labels, documents.numbers.tolist()) if labels else None
     with open_aside(path) as file:
         for number in documents.numbers.tolist():
             document = pool.document(number)
@@ -668,11 +690,11 @@ def _write_documents(path, documents, dress, labels=None):
             about = {"source": document.source, "language": document.language, "category": document.category,
                      "licence": document.licence}
             if known:
-                about["attributes"] = to_json(next(found for place, found in known if place == number))
+                about["attributes"] = next(known)
             file.write(json_line(line | {name: value for name, value in about.items() if value is not None}))
 
 
-def _write_dropped(folder, flow, pool):
+def _write_dropped(folder, flow, pool, engine):
     """dropped/ and reported/<stage>.jsonl: every document about which a stage found something, and what."""
     for part in ("dropped", "reported"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -681,23 +703,34 @@ def _write_dropped(folder, flow, pool):
             if not stage[part]:
                 continue
             (folder / part).mkdir(exist_ok=True)
+            chosen = (finding for finding in read_findings(flow.work / stage["file"])
+                      if finding.drop == (part == "dropped"))
             with open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file:
-                for finding in read_findings(flow.work / stage["file"]):
-                    if finding.drop == (part == "dropped"):
-                        file.write(_described(finding, stage["name"], pool))
+                file.writelines(engine.map(functools.partial(_described, stage["name"]), pool, _chunks(chosen)))
 
 
-def _described(finding, stage, pool):
-    """The line of a finding, the record in the bytes that it has in the pool."""
-    file, place = pool.place(finding.document)
-    line = {"stage": stage, "reason": finding.reason, "score": finding.score}
-    if isinstance(finding.partner, int):
-        line["partner"] = dict(zip(("file", "line"), pool.place(finding.partner), strict=True))
-    elif finding.partner is not None:
-        line["partner"] = finding.partner
-    line |= (finding.details or {}) | {"source": pool.sources[pool.sources_N[finding.document]]["name"], "file": file,
-                                       "line": place}
-    return json_line(line)[:-2] + b', "record": ' + escape_halves(pool.record_bytes(finding.document)) + b"}\n"
+def _described(stage, pool, findings):
+    """The lines of findings, each with the record in the bytes that it has in the pool."""
+    lines = []
+    for finding in findings:
+        file, place = pool.place(finding.document)
+        line = {"stage": stage, "reason": finding.reason, "score": finding.score}
+        if isinstance(finding.partner, int):
+            line["partner"] = dict(zip(("file", "line"), pool.place(finding.partner), strict=True))
+        elif finding.partner is not None:
+            line["partner"] = finding.partner
+        line |= (finding.details or {}) | {"source": pool.sources[pool.sources_N[finding.document]]["name"],
+                                           "file": file, "line": place}
+        record = escape_halves(pool.record_bytes(finding.document))
+        lines.append(json_line(line)[:-2] + b', "record": ' + record + b"}\n")
+    return b"".join(lines)
+
+
+def _chunks(values):
+    """Lists of _CHUNK values."""
+    values = iter(values)
+    while chunk := list(itertools.islice(values, _CHUNK)):
+        yield chunk
 
 
 main = entry_point(run)

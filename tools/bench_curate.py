@@ -21,11 +21,13 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from mindpangu.benchmarks.items import list_items
+from mindpangu.config import load_recipe
 from mindpangu.data.decontaminate import CONTAINED_WORDS, find_items, index_items
 from mindpangu.data.dedup import near_duplicates, shingle
 from mindpangu.data.pack import pack_best_fit
 from mindpangu.data.words import hash_words
 from mindpangu.data.zip_selection import select
+from mindpangu.pipeline import built_tokenizer
 
 from .bench_rows import Row, alternate, rates, ratio
 
@@ -292,8 +294,14 @@ def _pipeline(path, folder, *more):
     return time.perf_counter() - began, json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
 
 
+def _tokenizer(folder):
+    """That of the built-in problems."""
+    return built_tokenizer(load_recipe(["recipe=curate", f"run.root={folder}/tokenizer"])).model_file
+
+
 def bench_pipeline(folder):
-    """The whole command on 50k short documents with replies: every stage, ZIP of 1000, tokens, rows, report."""
+    """The whole command on 50k short documents with replies: every stage, ZIP of 1000 with K1 = 5000, tokens, rows,
+    report."""
     documents = short_documents(folder, 50_000)
     rng, answers = random.Random(1), [record["answer"] for record in gsm8k(folder)]
     seconds = []
@@ -305,7 +313,8 @@ def bench_pipeline(folder):
                     file.write(json.dumps({"question": document, "answer": rng.choice(answers)}) + "\n")
             elapsed, summary = _pipeline(path, aside,
                                          f"curate.decontaminate.benchmarks_dir={folder}", "curate.zip.budget=1000",
-                                         "data.seq_len=1024")
+                                         "curate.zip.k1=5000", "data.seq_len=1024",
+                                         f"data.tokenizer={_tokenizer(aside)}")
             seconds.append(elapsed)
     stages = ", ".join(f"{stage['name']} {stage['in']} -> {stage['out']}" for stage in summary["stages"])
     print(f"  {stages}")
@@ -330,7 +339,8 @@ def bench_memory(folder, num_bytes=1 << 30):
         watcher.start()
         try:
             elapsed, summary = _pipeline(path, aside,
-                                         f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=4096")
+                                         f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=4096",
+                                         f"data.tokenizer={_tokenizer(aside)}")
         finally:
             stop.set()
             watcher.join()

@@ -14,7 +14,7 @@ from .report import STYLE
 _WIDTH, _HEIGHT, _BASE, _TOP = 420, 190, 150, 14  # SVG units of a histogram; _BASE: where the bars stand
 _NUM_EXAMPLES = 3  # of each reason
 _SHOWN_CHARS = 1200
-_NUM_SCANNED = 20_000  # documents in which letters are counted
+_NUM_SCANNED = 5000  # documents in which letters are counted
 
 
 def draw_curation(name, summary, pool, numbers, read_stage):

@@ -1,6 +1,7 @@
 """Work on pieces of data over processes, the results in order."""
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ def worker_processes(num_processes, start=None, arguments=()):
     parent, however it ends. Raises RuntimeError, in the block, for a process that was killed.
     """
     pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _begin, (start, arguments))
+    for _ in range(num_processes):
+        pool.submit(_nothing)  # for them to import what they need while others work
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -31,8 +34,13 @@ def worker_processes(num_processes, start=None, arguments=()):
 
 def _begin(start, arguments):
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.set_threshold(100_000, 50, 50)  # pieces of work make many objects and no cycles
     if start:
         start(*arguments)
+
+
+def _nothing():
+    pass
 
 
 def _end_with_parent():
