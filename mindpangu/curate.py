@@ -20,6 +20,7 @@ import json
 import pickle
 import shutil
 import time
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -256,10 +257,11 @@ def too_long_or_without_reply(documents, lengths_D, seq_len, is_text):
 
 
 def held_out(documents, count):
-    """Documents to validate on, at most a tenth: those with the lowest hashes, whatever their order."""
+    """Documents to validate on, at most a tenth, and one where there are two: those with the lowest hashes, whatever
+    their order."""
     pool, numbers = documents
     order = np.lexsort((pool.keys_N2[numbers, 1], pool.keys_N2[numbers, 0]))
-    for place in np.sort(order[: min(count, numbers.size // 10)]).tolist():
+    for place in np.sort(order[: min(count, max(numbers.size // 10, numbers.size > 1))]).tolist():
         yield Finding(int(numbers[place]), "held_out")
 
 
@@ -321,10 +323,10 @@ def _tokenize(tokenizer_file, dress, folder, pool, piece):
         tokens.append(sample[0])
         is_target.append(sample[1])
     lengths = np.array([one.size for one in tokens], np.int64)
-    for name, array in (("tokens", np.concatenate(tokens)), ("targets", np.concatenate(is_target)),
-                        ("lengths", lengths)):  # lengths last: where they are, the others are
+    for name, values in (("tokens", np.concatenate(tokens)), ("targets", np.concatenate(is_target)),
+                         ("lengths", lengths)):  # lengths last: where they are, the others are
         with open_aside(Path(folder, f"{index:06d}.{name}.npy")) as file:
-            np.save(file, array)
+            np.save(file, values)
     return lengths
 
 
@@ -386,7 +388,7 @@ class Flow:
             write_atomic(path.with_suffix(".json"), json.dumps({"seconds": round(time.monotonic() - began, 3)}))
             remove(scratch)
         seconds = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
-        dropped, reasons = [], {True: Counter(), False: Counter()}
+        dropped, reasons = array("q"), {True: Counter(), False: Counter()}
         for finding in read_findings(path):
             reasons[finding.drop][finding.reason] += 1
             if finding.drop:
@@ -444,8 +446,8 @@ def _curate(recipe, run_dir, may_build, engine):
     for name in ("sources", "engine", "num_processes"):
         del chosen[name]
     data = [getattr(recipe.data, name) for name in ("dress", "seq_len", "num_heldout")]
-    key = make_key("curate", [chosen, as_dict(recipe.mix), data, recipe.seed],
-                   [pool_key, items_digest, tokenizer.digest, template_digest()])
+    key = make_key("curate", [chosen, as_dict(recipe.mix), data, recipe.seed, _tokens_of_the_run(recipe)],
+                   [pool_key, items_digest, tokenizer.digest, template_digest(), _digest_of_rates(config)])
     folder = Path(run_dir or root / f"{recipe.recipe}-{recipe.scale}-curated-{key}")
     if _is_done(folder, key):
         say(f"{recipe.recipe}: already curated in {folder}")
@@ -476,6 +478,13 @@ def _curate(recipe, run_dir, may_build, engine):
     return folder
 
 
+def _tokens_of_the_run(recipe):
+    """How long a mixture with a curriculum is to be for it to end with the training; 0: what it takes to see all."""
+    if recipe.curate.size or not recipe.mix.curriculum or recipe.task != "language_model":
+        return 0
+    return recipe.train.steps * recipe.train.rows_per_step * recipe.data.seq_len * _LEAST_FILL
+
+
 def _is_done(folder, key):
     """Whether a folder holds this curation, complete. Raises ValueError if it holds another one."""
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"} and not (
@@ -501,11 +510,12 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
     labels = None
     if "attributes" in config.stages:
         chosen = {name: value for name, value in as_dict(config.annotate).items() if name not in _NO_PART_IN_LABELS}
-        rates = [Path(config.annotate.pass_rates, PASS_RATES)] if config.annotate.pass_rates else []
-        labels = flow.scratch("labels", [chosen, digest_files(rates)]).with_suffix(".jsonl")
+        labels = flow.scratch("labels", [chosen, _digest_of_rates(config)]).with_suffix(".jsonl")
         if not labels.exists():
+            began = time.monotonic()
             with Reporter("annotate", documents.numbers.size) as reporter:
                 annotate(documents, config.annotate, engine, labels, flow.work.parent / "annotations", reporter)
+            say(f"{'annotate':16} {documents.numbers.size:>10,}{time.monotonic() - began:24.1f}s")
         values = read_shard(labels.with_suffix(".shard"))
         quality_N[documents.numbers], difficulty_N[documents.numbers] = values["quality"], values["difficulty"]
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
@@ -526,6 +536,10 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
                                  documents, _strata(documents) if config.zip.strata else None, config.zip,
                                  num_processes, scratch, on_done, engine.workers))
     return documents, difficulty_N, labels
+
+
+def _digest_of_rates(config):
+    return digest_files([Path(config.annotate.pass_rates, PASS_RATES)] if config.annotate.pass_rates else [])
 
 
 def _num_processes(recipe):
@@ -627,9 +641,7 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
     places = np.searchsorted(tokenized.numbers, documents.numbers)
     categories = [source["category"] for source in pool.sources]
     size = config.size or None
-    if not size and recipe.mix.curriculum and recipe.train.steps and recipe.task == "language_model":
-        # As long as the run, so that easy to hard ends with it; a little less, for rows are not quite full.
-        tokens = recipe.train.steps * recipe.train.rows_per_step * data.seq_len * _LEAST_FILL
+    if tokens := _tokens_of_the_run(recipe):
         size = int(tokens if recipe.mix.unit == "tokens" else tokens / lengths_D[places].mean())
     mixture = mix_samples(recipe.mix, [categories[source] for source in pool.sources_N[documents.numbers]],
                           lengths_D[places], difficulty_N[documents.numbers], size, recipe.seed,
@@ -670,9 +682,12 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
 
 
 def _strata(documents):
-    """Language and category of each document: scripts differ in bytes per character."""
+    """A number for language and category of each document: scripts differ in bytes per character."""
     pool, numbers = documents
-    return list(zip(pool.languages_N[numbers].tolist(), pool.sources_N[numbers].tolist(), strict=True))
+    categories = list(dict.fromkeys(source["category"] for source in pool.sources))
+    category_of = np.array([categories.index(source["category"]) for source in pool.sources])
+    languages_D = pool.languages_N[numbers].astype(np.int64)
+    return (languages_D * len(categories) + category_of[pool.sources_N[numbers]]).tolist()
 
 
 def _write_documents(path, documents, dress, labels=None):
