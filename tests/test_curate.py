@@ -4,23 +4,29 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mindpangu.benchmarks.items import list_items
 from mindpangu.config import load_recipe
 from mindpangu.curate import curate
+from mindpangu.data.decontaminate import CONTAINED_WORDS
 from mindpangu.data.documents import read_chats
 from mindpangu.data.packed_shards import PackedShards
 from mindpangu.data.pool import json_line
 from mindpangu.data.tokenizer import Tokenizer, train_tokenizer
+from mindpangu.data.words import hash_words
 from mindpangu.pipeline import Plan
 
 WORDS = [f"w{n}" for n in range(300)] + list("水火山川日月大小中文") + ["😀", "naïve"]
@@ -271,3 +277,85 @@ def test_order_of_the_sources_changes_no_survivor_but_which_copy_stays(sources, 
         kept.append(len(read_chats([found / "curated.jsonl"])[0]))
         shutil.rmtree(found)
     assert kept[0] == kept[1]
+
+
+class Labels(BaseHTTPRequestHandler):
+    """A server that rates each document 5, those with w7 in them 1, and counts the requests."""
+
+    def do_POST(self):
+        self.server.count += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        texts = re.findall(r"<document (\d+) (\w+)>\n(.*?)\n</document \1 \2>", body["messages"][1]["content"],
+                           re.DOTALL)
+        labels = {number: {"subcategory": "science", "question_type": "open", "verifiable": None, "hops": 3,
+                           "quality": 1 if "w7" in text.split() else 5} for number, _, text in texts}
+        data = json.dumps({"choices": [{"message": {"content": json.dumps(labels)}, "finish_reason": "stop"}],
+                           "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_behind_a_server_and_a_students_pass_rates_say_what_stays(sources, tmp_path, capsys):
+    folder, records, _ = sources
+    rates = tmp_path / "rates"
+    rates.mkdir()
+    known = list(dict.fromkeys(record["question"].casefold() for record in records[2:40]))
+    (rates / "pass_rates.jsonl").write_bytes(b"".join(
+        json_line({"prompt": question, "passed": place % 5, "samples": 4}) for place, question in enumerate(known)))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Labels) as server:
+        server.count = 0
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        line = arguments(folder, tmp_path / "runs", "curate.annotate.engine=openai", "curate.filter.min_rating=3",
+                         f"curate.annotate.url=http://127.0.0.1:{server.server_address[1]}/v1",
+                         f"curate.annotate.pass_rates={rates}", "curate.filter.min_complexity=0.2",
+                         "curate.annotate.prompt_price=3")
+        found = curate(load_recipe(line))
+        asked = server.count
+        said = capsys.readouterr().out
+        curate(load_recipe([*line, "curate.filter.min_rating=2"]))
+        assert server.count == asked > 0, "labels are kept"
+        server.shutdown()
+    assert re.search(r"annotated 262/262 documents, 0 without the model, 3,300 tokens read and 330 written, cost", said)
+    lines = [one for one in dropped(found) if one["stage"] == "attributes"]
+    bad = {one["record"]["question"] for one in lines if one["reason"] == "low_quality"}
+    easy = {one["record"]["question"].casefold() for one in lines if one["reason"] == "too_easy"}
+    kept = read_chats([found / "curated.jsonl"])[0]
+    assert len(bad) > 20
+    assert not any("w7" in f"{example.messages[0].content} {example.messages[1].content}".split() for example in kept)
+    always = {question for place, question in enumerate(known) if place % 5 == 4}
+    assert easy and easy <= always and not always & {example.messages[0].content.casefold() for example in kept}
+    labelled = [json.loads(line)["attributes"] for line in (found / "curated.jsonl").read_text("utf-8").splitlines()]
+    assert {one["rating"] for one in labelled} == {5} and {one["hops"] for one in labelled} == {3}
+    assert {one["complexity"] for one in labelled} <= {None, 1.0, 0.75, 0.5, 0.25}
+    assert any(one["complexity"] is not None for one in labelled)
+
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not here")
+def test_real_sources_lose_every_item_of_the_benchmarks_that_they_hold(tmp_path):
+    named = [("gsm8k", "gsm8k/test.jsonl", "question, answer"), ("mbpp", "mbpp/mbpp.jsonl", "text, code"),
+             ("ifeval", "ifeval/input_data.jsonl", "prompt"), ("math500", "math500/math500.jsonl", "prompt, answer"),
+             ("train", "gsm8k/train.jsonl", "question, answer")]
+    written = ", ".join(f"{{name: {name}, paths: ['{DATA / file}'], fields: [{fields}]}}"
+                        for name, file, fields in named)
+    found = curate(load_recipe(["recipe=curate", f"run.root={tmp_path}", f"curate.sources=[{written}]",
+                                f"curate.decontaminate.benchmarks_dir={DATA}", "data.seq_len=1024"]))
+    lines = dropped(found)
+    hit = Counter((line["source"], line["partner"].split()[0]) for line in lines if line["reason"] == "benchmark_item")
+    by_source = Counter()
+    for (source, _), count in hit.items():
+        by_source[source] += count
+    items = list_items(DATA)[0]
+    for name in ("gsm8k", "math500", "ifeval"):  # shorter ones are looked for as whole documents only
+        words = hash_words([item.text for item in items if item.benchmark == name])
+        assert by_source[name] == (np.diff(words.starts_D1) >= CONTAINED_WORDS).sum()
+    assert 500 <= by_source["mbpp"] < 974, "those of the test split; the training tasks stay"
+    assert by_source["train"] < 40, "GSM8K's own training problems are no test items"
+    assert json.loads((found / "summary.json").read_text())["documents"] == 1319 + 974 + 541 + 500 + 7473

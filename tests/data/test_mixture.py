@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindpangu.data.mixture import Mixture, MixtureSource
+from mindpangu.config import MixConfig
+from mindpangu.data.mixture import Mixture, MixtureSource, mix_samples
 
 # Table 2 of the openPangu Embedded-1B report: general, reasoning and annealing phase.
 DATASETS = ("English", "Chinese", "Multi-lingual", "Industrial", "Instruction", "STEM", "Code")
@@ -184,3 +185,71 @@ def test_what_does_not_fit_is_refused_by_name(change, options, reason):
 def test_no_sources_are_refused():
     with pytest.raises(ValueError, match="expected at least one"):
         Mixture([])
+
+
+LABELS = ["maths"] * 60 + ["code"] * 40 + ["chat"] * 300
+DIFFICULTY = np.array([i % 7 for i in range(400)], float)
+
+
+def mixed(labels=LABELS, size=None, lengths=None, difficulty=DIFFICULTY, at_most=False, **options):
+    lengths = np.full(len(labels), 10) if lengths is None else lengths
+    return mix_samples(MixConfig(**{"unit": "samples"} | options), labels, lengths, difficulty[:len(labels)], size, 0,
+                       at_most)
+
+
+def test_samples_are_mixed_by_their_categories():
+    weights = {"maths": 0.2, "code": 0.1, "chat": 0.1}  # which need not sum to 1
+    found = mixed(weights=weights, size=320)
+    assert Counter(LABELS[i] for i in found.order_M) == {"maths": 160, "code": 80, "chat": 80}
+    assert {part.name: part.epochs for part in found.report} == {"maths": 160 / 60, "code": 2, "chat": 80 / 300}
+    with pytest.raises(ValueError, match="size=1000 samples: source 'maths' at a share of 0.5 would be seen 8.333"):
+        mixed(weights=weights, size=1000)
+    assert len(mixed(weights=weights, size=1000, at_most=True).order_M) == 480
+    # Without a size every sample is seen, where max_epochs allow it; by size each once.
+    assert Counter(mixed().order_M.tolist()) == dict.fromkeys(range(400), 1)
+    everything = mixed(weights={"maths": 1, "code": 1, "chat": 8})
+    assert set(everything.order_M.tolist()) == set(range(400)) and len(everything.order_M) == 600
+    assert len(mixed(weights=weights).order_M) == 480
+
+
+def test_groups_have_the_ratio_by_tokens():
+    lengths = np.random.default_rng(0).integers(5, 50, len(LABELS))
+    found = mixed(lengths=lengths, unit="tokens", ratio={"reasoning": 3, "other": 1},
+                  groups={"reasoning": ["maths", "code"]}, size=6000)
+    tokens = Counter()
+    for i in found.order_M:
+        tokens["other" if LABELS[i] == "chat" else "reasoning"] += int(lengths[i])
+    assert tokens["reasoning"] / tokens.total() == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("curriculum", [["maths", "code"], ["reasoning"]])
+def test_a_curriculum_goes_from_easy_to_hard_in_its_categories_alone(curriculum):
+    order = mixed(ratio={"reasoning": 3, "other": 1}, groups={"reasoning": ["maths", "code"]}, curriculum=curriculum,
+                  size=200).order_M
+    for name in ("maths", "code", "chat"):
+        labels = [DIFFICULTY[i] for i in order if LABELS[i] == name]
+        assert (labels == sorted(labels)) == (name != "chat")
+
+
+def test_samples_of_unknown_difficulty_come_in_the_middle():
+    difficulty = np.where(np.arange(400) < 20, np.nan, DIFFICULTY)
+    order = mixed(curriculum=["maths"], difficulty=difficulty, size=200).order_M.tolist()
+    own = [i for i in order if LABELS[i] == "maths"]
+    labels = [np.median(DIFFICULTY[20:]) if i < 20 else DIFFICULTY[i] for i in own]
+    assert labels == sorted(labels) and any(i < 20 for i in own)
+
+
+def test_missing_categories_are_errors_or_listed():
+    weights = {"maths": 1, "code": 1, "chat": 1, "poems": 2}
+    with pytest.raises(ValueError, match=r"mix has a share of poems, of which there is no sample.*on_missing=renorm"):
+        mixed(weights=weights)
+    found = mixed(weights=weights, on_missing="renormalise", size=90)
+    assert Counter(LABELS[i] for i in found.order_M) == {"maths": 30, "code": 30, "chat": 30}
+    assert found.missing == ["poems"]
+    with pytest.raises(ValueError, match="mix.weights has none of category chat"):
+        mixed(weights={"maths": 1, "code": 1})
+    with pytest.raises(ValueError, match="mix.ratio has nothing of group other"):
+        mixed(ratio={"a": 1}, groups={"a": ["maths", "code"]})
+    alone = mixed(ratio={"a": 3, "other": 1}, groups={"a": LABELS[:1] + LABELS[60:61] + LABELS[-1:]},
+                  on_missing="renormalise")
+    assert alone.missing == ["group other"] and len(alone.order_M) == 400
