@@ -58,7 +58,10 @@ _TEACHER_INHERITS = ("scale", "data", "data.source", "data.train", "data.heldout
                      "data.tokenizer", "data.seq_len", "data.on_error", "data.seed", "run", "run.",
                      "rollout.max_prompt_len", "rollout.max_new_tokens", "rollout.num_slots", "model.vocab_size",
                      "model.max_seq_len")
-_STUDENT_INHERITS = (*_TEACHER_INHERITS, "seed", "data.num_examples", "model", "model.")
+_STUDENT_INHERITS = (*_TEACHER_INHERITS, "seed", "data.num_examples", "model", "model.", "curate.")
+
+
+_OWN_DATA = ("data", "data.source", "data.train", "data.heldout", "data.num_heldout", "data.on_error", "data.seq_len")
 
 
 class Upstream(NamedTuple):
@@ -276,6 +279,8 @@ class Plan:
             raise ValueError(f"{field}={reference}: neither a run folder, a Hugging Face folder (with config.json) nor "
                              f"a recipe; the recipes are {recipe_names()}.")
         command = [f"recipe={reference}", *_inherited(self.overrides, inherited)]
+        if _curates(reference) and self.recipe.data.source != "packed":  # other data than that of its further training
+            command = [override for override in command if override.split("=")[0] not in _OWN_DATA]
         if not any(override.startswith("scale=") for override in command):
             command.append(f"scale={self.recipe.scale}")
         if self.recipe.scale == "1b":
@@ -380,6 +385,11 @@ def built_tokenizer(recipe):
     return Tokenizer(path)
 
 
+def _curates(name):
+    """Whether a recipe trains on rows that it curates itself."""
+    return OmegaConf.load(recipes_folder() / "recipe" / f"{name}.yaml").get("data", {}).get("source") == "curated"
+
+
 def _inherited(overrides, names):
     names_and_overrides = [(override.split("=")[0].lstrip("+~"), override) for override in overrides]
     return [override for name, override in names_and_overrides
@@ -404,6 +414,9 @@ def _open_shards(folder, binding, num_shards):
 def _require_upstream(field, command):
     """The Plan of an upstream run that must be there already; raises ValueError with the commands that make it."""
     upstream = load_recipe(command)
+    if upstream.data.source == "curated" and not upstream.curate.sources:
+        own = f"{' '.join(command)} 'curate.sources=[...]'"
+        raise _MissingRun(field, f"  python -m mindpangu.curate {own}\n  python -m mindpangu.train {own}")
     try:
         plan = Plan(upstream, command)
         missing, before = not plan.is_done(), ""

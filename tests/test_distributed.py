@@ -122,6 +122,7 @@ def test_two_processes_distil_and_reinforce_as_one_does(folder):
     assert measured["memory_gib"] == max(measured[f"rank/{rank}/memory_gib"] for rank in range(2))
 
 
+@pytest.mark.long
 def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_others_resume(folder):
     arguments = [*SFT, "train.steps=6", "run.dir=four", "run.save_every=2", "run.shard=gradients"]
     msrun(folder, 4, *arguments, "run.sequence_parallel=2", "run.recompute=true", "run.peak_tflops=0.25")

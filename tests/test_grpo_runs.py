@@ -104,6 +104,7 @@ def test_a_run_killed_in_a_rollout_and_in_an_update_repeats_the_uninterrupted_on
     assert completions(parts) == completions(copy / "whole")
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_long_after_its_checkpoint_goes_on_as_the_uninterrupted_one(copy):
     parts, overrides = copy / "parts", [*ROLLOUTS, "run.dir=parts"]
     run(copy, *overrides)

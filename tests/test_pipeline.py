@@ -214,7 +214,12 @@ def test_at_scale_1b_the_commands_of_missing_runs_are_printed(tmp_path):
     done = subprocess.run([sys.executable, "-m", "mindpangu.train", "scale=1b", "data.train=[a.jsonl]",
                            "data.tokenizer=a.jsonl", "teacher=x"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "SentencePiece" in done.stderr or "python -m mindpangu.train recipe=sft_reasoning scale=1b" in done.stderr
+    lines = ["python -m mindpangu.curate recipe=pretrain_annealing_32k scale=1b",
+             "python -m mindpangu.train recipe=pretrain_annealing_32k scale=1b",
+             "python -m mindpangu.train recipe=sft_reasoning scale=1b",
+             "python -m mindpangu.train recipe=sft_fast scale=1b"]
+    places = [done.stderr.find(line) for line in lines]
+    assert -1 not in places and places == sorted(places), done.stderr
 
 
 def test_training_in_bfloat16_keeps_the_loss_within_a_hundredth_and_float32_weights(copy):

@@ -166,7 +166,7 @@ def prepare(model, seed, grpo):
 
 
 @pytest.mark.parametrize(("loss_agg", "advantage_norm", "kl_coefficient", "splits"), [
-    ("token", "std", 0.3, (8, 2, 1)), ("sequence", "none", 0.3, (4,)), ("fixed_length", "std", 0.0, (8,))])
+    ("token", "std", 0.3, (8, 4, 1)), ("sequence", "none", 0.3, (8, 4)), ("fixed_length", "std", 0.0, (8, 4))])
 def test_loss_and_gradient_match_numpy_for_every_split_of_the_batch(mindspore_cpu, kernel, loss_agg, advantage_norm,
                                                                      kl_coefficient, splits):
     """splits: rows per micro-batch."""

@@ -215,7 +215,11 @@ def graded(tokenizer, folder, problems, rewards=None):
     examples = [Example((Message("user", "2 + 3?"), Message("assistant", "")), value) for value, _ in problems]
     plan = SimpleNamespace(recipe=recipe, corpus=SimpleNamespace(train=examples), tokenizer=tokenizer, rewards=rewards,
                            folder=folder)
-    return pipeline._grade(plan, shards), json.loads((folder / "pass_rates.json").read_text())
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_answers", lambda plan, split, samples_per_prompt: shards)
+        kept = pipeline._solved_sometimes(plan)
+    return kept, json.loads((folder / "pass_rates.json").read_text())
 
 
 def test_problems_that_are_solved_sometimes_are_kept_whatever_their_rewards(tokenizer, tmp_path):
