@@ -339,7 +339,7 @@ def bench_memory(folder, num_bytes=1 << 30):
         watcher.start()
         try:
             elapsed, summary = _pipeline(path, aside,
-                                         f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=4096",
+                                         f"curate.decontaminate.benchmarks_dir={folder}", "data.seq_len=1024",
                                          f"data.tokenizer={_tokenizer(aside)}")
         finally:
             stop.set()
