@@ -200,6 +200,7 @@ def kill_workers_at_work(killed, stop):
                 pass
 
 
+@pytest.mark.long  # half a minute alone, minutes where other work takes the cores
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_finds_the_same_and_killed_workers_change_nothing(small, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="pip install 'mindpangu[ray]'")
