@@ -1,4 +1,4 @@
-"""Duplicates: equal texts, and near-duplicates by MinHash-LSH with exact verification."""
+"""Duplicates: the key that equal texts share, and near-duplicates by MinHash-LSH with exact verification."""
 
 # D documents, S shingles of all documents, P permutations, B bands, R permutations per band, K candidates, Q pairs
 from typing import NamedTuple
@@ -38,13 +38,6 @@ def content_key(text):
     Texts that differ otherwise share them for 1 in 2^128 pairs.
     """
     return xxhash.xxh3_128_digest(normalise(text).encode("utf-8", "surrogatepass"))
-
-
-def exact_duplicates(documents):
-    """Duplicates of a list of strings: documents of one content_key, of which the first is kept; scores are 1."""
-    firsts = {}
-    partners = [firsts.setdefault(content_key(document), d) for d, document in enumerate(documents)]
-    return Duplicates(np.array(partners, np.int64), np.ones(len(partners)))
 
 
 def near_duplicates(documents, quality_D=None, threshold=0.7, num_permutations=128, band_size=4, num_words=5, seed=0):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindpangu.data import dedup
-from mindpangu.data.dedup import Shingles, content_key, exact_duplicates, near_duplicates, shingle, sign
+from mindpangu.data.dedup import Shingles, content_key, near_duplicates, shingle, sign
 
 VOCABULARY = [f"word{n}" for n in range(3000)]
 
@@ -189,9 +189,9 @@ def test_a_signature_is_the_least_of_its_parts_however_long():
 def test_equal_texts_are_those_that_differ_in_case_spaces_and_compatibility_forms_only():
     texts = ["A  cat\n", "a cat", "a\u00a0CAT", "\uff41 cat", "a, cat", "acat", "", " \n", "\0",
              "caf\u00e9", "cafe\u0301", "\ud83d", "机器", "机 器"]
-    assert exact_duplicates(texts).partners_D.tolist() == [0, 0, 0, 0, 4, 5, 6, 6, 8, 9, 9, 11, 12, 13]
+    keys = [content_key(text) for text in texts]
+    assert [keys.index(key) for key in keys] == [0, 0, 0, 0, 4, 5, 6, 6, 8, 9, 9, 11, 12, 13]
     assert len({content_key(text) for text in texts}) == 9 and all(len(content_key(text)) == 16 for text in texts)
-    assert exact_duplicates([]).partners_D.size == 0
 
 
 @pytest.mark.parametrize("arguments, message", [
