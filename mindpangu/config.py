@@ -799,10 +799,9 @@ class Recipe(_Section):
         _require(self.model.num_kv_heads % parallel == 0,
                  f"run.sequence_parallel={parallel}: each rank gets its share of the heads, so expected a divisor of "
                  f"model.num_kv_heads={self.model.num_kv_heads}.")
-        _require(self.train.micro_batch_rows * self.data.seq_len % parallel == 0,
-                 f"run.sequence_parallel={parallel}: expected a divisor of train.micro_batch_rows * data.seq_len = "
-                 f"{self.train.micro_batch_rows * self.data.seq_len}, such as with data.seq_len="
-                 f"{self.data.seq_len // parallel * parallel}.")
+        _require(self.data.seq_len >= parallel,
+                 f"run.sequence_parallel={parallel} with data.seq_len={self.data.seq_len}: expected at least a token "
+                 "for each rank.")
         _require((self.train.rows_per_step == 0) == (self.task == "grpo"),
                  f"train.rows_per_step={self.train.rows_per_step} with task={self.task}: expected 0 for grpo, whose "
                  "rows are as many as its answers fill, and at least 1 for the others.")

@@ -533,16 +533,9 @@ def _rows_of_ranks(plan):
     if train.rows_per_step % num_data:
         raise ValueError(f"train.rows_per_step={train.rows_per_step} can't be divided among {num_data} ranks with rows "
                          "of their own: change one of the two.")
-    seq_len = plan.recipe.data.seq_len
     # Which does not change a gradient.
-    micro_batch_rows = max((rows for rows in range(1, train.micro_batch_rows + 1)
-                            if train.rows_per_step // num_data % rows == rows * seq_len % ranks.num_sequence == 0),
-                           default=0)
-    if not micro_batch_rows:
-        raise ValueError(f"run.sequence_parallel={ranks.num_sequence} with data.seq_len={seq_len} and "
-                         f"train.rows_per_step={train.rows_per_step} among {num_data} ranks with rows of their own: no "
-                         f"micro-batch of up to train.micro_batch_rows={train.micro_batch_rows} rows has a number of "
-                         "tokens that can be shared; change data.seq_len or train.rows_per_step.")
+    micro_batch_rows = max(rows for rows in range(1, train.micro_batch_rows + 1)
+                           if train.rows_per_step // num_data % rows == 0)
     return micro_batch_rows, (ranks.data_rank, num_data)
 
 

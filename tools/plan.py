@@ -215,10 +215,6 @@ def _warnings(plan, config, rows, data_ranks):
         warnings.append("vocab_parallel=true with sequence_parallel=1: the trainer refuses it.")
     elif plan.vocab_parallel and not _divides_vocabulary(plan):
         warnings.append(f"vocab_parallel=true changes nothing in {plan.stage}: distillation's loss alone is divided.")
-    if plan.seq_len % plan.sequence_parallel:
-        warnings.append(f"seq_len={plan.seq_len} is not a multiple of sequence_parallel={plan.sequence_parallel}: the "
-                        "trainer refuses it, unless micro_batch_rows makes up for it; use seq_len="
-                        f"{plan.seq_len // plan.sequence_parallel * plan.sequence_parallel}.")
     if rows % data_ranks:
         waits = "some devices have nothing to do" if rows < data_ranks else "some devices wait for others"
         warnings.append(f"the {rows} rows of a step can't be divided among {data_ranks} ranks: the trainer refuses it, "

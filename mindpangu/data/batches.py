@@ -347,12 +347,14 @@ def split_sequence(arrays, part, num_parts):
     """The part-th of num_parts shares of a batch's arrays: an equal piece of every micro-batch's tokens, and the
     targets that are predicted at them.
 
-    arrays: in the order of Batch.arrays(), the weights behind the labels. cu_seqlens stays that of all tokens. The
-    number of target slots is the same for all parts: what one can have at most.
+    arrays: in the order of Batch.arrays(), the weights behind the labels. Where the number of tokens is not a multiple
+    of num_parts, zeros behind the last row make it one. cu_seqlens stays that of the rows' tokens. The number of target
+    slots is the same for all parts: what one can have at most.
     """
     tokens_AT, positions_AT, cu_seqlens_AC, index_AS, *targets = arrays
+    missing = -tokens_AT.shape[1] % num_parts
+    tokens_AT, positions_AT = (np.pad(array, ((0, 0), (0, missing))) for array in (tokens_AT, positions_AT))
     num_tokens = tokens_AT.shape[1] // num_parts
-    assert num_tokens * num_parts == tokens_AT.shape[1]
     own = slice(part * num_tokens, (part + 1) * num_tokens)
     is_own_AS = (targets[1] != 0) & (index_AS >= own.start) & (index_AS < own.stop)
     # The own ones first, in their order; what follows is cleared.

@@ -5,9 +5,9 @@ largest temporaries, at the moments that can be the peak: the loss, or what foll
 activations are still there, and the end of the backward pass, when all gradients are.
 
 On a CPU the counts are those of the kernels in ops/cpu, read from their sources; GEMM_BYTES and LIVE_GATED are fitted
-to measured peaks, which the whole then meets within 6 % for steps of one micro-batch (tests/model/test_memory.py). With
-several micro-batches MindSpore's CPU allocator needs more than is alive: up to 12 % of 80 to 800 MiB, once 22 % of 1.6
-GiB. The exchange between ranks is fitted to two ranks on a CPU, where seven peaks of 355 to 610 MiB are met within 7 %.
+to measured peaks, which the whole then meets within 5 %, of 21 peaks of 310 to 1060 MiB with 1, 2 and 4 micro-batches
+(tests/model/test_memory.py repeats some). The exchange between ranks is fitted to two ranks on a CPU, where seven peaks
+of 355 to 610 MiB are met within 7 %.
 On Ascend nothing was measured: the same graph, activations in bfloat16, and the operators that serve there.
 
 T tokens, D hidden, N query heads, M key/value heads, H head size, F feed-forward, V vocabulary, P parameters.
@@ -80,8 +80,7 @@ def training_memory(config, num_tokens, *, device="Ascend", num_micro_batches=1,
     head_share = -(-config.vocab_size // sequence_parallel) * config.hidden_size if vocab_parallel else head_weights
     weights = 4 * num_weights + (0 if is_cpu else 2 * (num_weights - head_weights + head_share))
     optimizer = (2 * moment_bytes * num_weights + (4 * num_weights if splits else 0)) // share
-    # Several micro-batches: the zeros that the sums start from, which the graph keeps, and the sums.
-    sums = 0 if num_micro_batches == 1 else 8 * num_weights // (share if shard == "gradients" else 1)
+    sums = 0 if num_micro_batches == 1 else 4 * num_weights // (share if shard == "gradients" else 1)
     # That of the output projection, computed in the forward pass. On Ascend chunk by chunk: its sum, a chunk's in
     # float32, and that product in bfloat16.
     head_gradient = head_share * (4 if is_cpu else 10)

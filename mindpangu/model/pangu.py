@@ -70,11 +70,19 @@ class Layer(nn.Cell):
         """
         q, k, v = self.project_qkv(h_TD, cos, sin)
         if is_share:
-            attended = self.split_tokens(attention(self.split_heads(q), self.split_heads(k), self.split_heads(v),
-                                                   cu_seqlens_C, row_len))
+            attended = self.split_tokens(self.attend_to_all(self.split_heads(q), self.split_heads(k),
+                                                            self.split_heads(v), cu_seqlens_C, row_len))
         else:
             attended = attention(q, k, v, cu_seqlens_C, row_len)
         return self.finish(h_TD, attended), k, v
+
+    def attend_to_all(self, q_TNH, k_TMH, v_TMH, cu_seqlens_C, row_len):
+        """Attention over all ranks' tokens; zeros for those behind the last row, which make the shares equal."""
+        num_tokens = q_TNH.shape[0] // row_len * row_len
+        if num_tokens == q_TNH.shape[0]:
+            return attention(q_TNH, k_TMH, v_TMH, cu_seqlens_C, row_len)
+        attended = attention(q_TNH[:num_tokens], k_TMH[:num_tokens], v_TMH[:num_tokens], cu_seqlens_C, row_len)
+        return ops.concat((attended, ops.zeros_like(q_TNH[num_tokens:])), 0)
 
     def decode(self, h_BD, cos, sin, k_cache, v_cache, positions_B):
         """One new token per sequence; the caches are Parameters [B, M, S, H], written in place at positions_B."""

@@ -19,7 +19,7 @@ import time
 
 import mindspore as ms
 import numpy as np
-from mindspore import ParameterTuple, Tensor, ops
+from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from ..ops.adamw import global_norm
 from . import checkpoint as checkpoints
@@ -28,44 +28,45 @@ from .metrics import MetricsFile, Reporter, peak_memory_gib, say, step_line
 from .optim import AdamW, WeightSharing, learning_rate
 
 
-def make_gradient_step(loss_fn, parameters, num_metrics, exchange=None):
+def make_gradient_step(loss_fn, parameters, num_metrics, exchange=None, accumulate=True):
     """step(num_micro_batches, *arrays with a leading axis A) -> (loss_sum, metric_sums_M, gradients of loss_sum).
 
     num_micro_batches: int32 scalar tensor, the first of A that are computed; at least 1. exchange: sums the gradients
-    of every micro-batch over the ranks, so that only this rank's chunks of them are kept.
+    of every micro-batch over the ranks, so that only this rank's chunks of them are kept. accumulate=False takes A = 1
+    alone, and needs no memory for sums; with it the gradients are those sums, which the next call overwrites.
     """
     value_and_grad = ops.value_and_grad(loss_fn, None, parameters, has_aux=True)
+    # Parameters, to be added to in place: of tensors MindSpore keeps the zeros, and a copy for every addition.
+    sums = ParameterTuple([Parameter(Tensor(np.zeros(p.shape if exchange is None else exchange.chunks[j], np.float32)),
+                                     name=f"sum.{p.name}", requires_grad=False)
+                           for j, p in enumerate(parameters)]) if accumulate else None
+
+    def micro_batch(i, batch):
+        part = ()
+        for array in batch:
+            part = part + (array[i],)
+        (loss, metrics), grads = value_and_grad(*part)
+        return loss, metrics, grads if exchange is None else exchange(grads)
 
     def gradient_step(num_micro_batches, *batch):
-        if batch[0].shape[0] == 1:
-            first = ()
-            for array in batch:
-                first = first + (array[0],)
-            (loss, metrics), grads = value_and_grad(*first)
-            if exchange is not None:
-                grads = exchange(grads)
-        else:
-            loss = ops.zeros((), ms.float32)
-            metrics = ops.zeros((num_metrics,), ms.float32)
-            grads = ()
-            for j in range(len(parameters)):
-                shape = parameters[j].shape if exchange is None else (exchange.chunks[j],)
-                grads = grads + (ops.zeros(shape, parameters[j].dtype),)
-            i = ops.zeros((), ms.int32)
-            while i < num_micro_batches:
-                part = ()
-                for array in batch:
-                    part = part + (array[i],)
-                (part_loss, part_metrics), part_grads = value_and_grad(*part)
-                if exchange is not None:
-                    part_grads = exchange(part_grads)
-                loss = loss + part_loss
-                metrics = metrics + part_metrics
-                total = ()
-                for j in range(len(grads)):
-                    total = total + (grads[j] + part_grads[j],)
-                grads = total
-                i = i + 1
+        if not accumulate:
+            return micro_batch(0, batch)
+        loss = ops.zeros((), ms.float32)
+        metrics = ops.zeros((num_metrics,), ms.float32)
+        zero = ops.cast(num_micro_batches * 0, ms.float32)  # a constant's zeros would be kept beside the sums
+        for j in range(len(sums)):
+            ops.assign(sums[j], ops.fill(ms.float32, sums[j].shape, zero))
+        i = ops.zeros((), ms.int32)
+        while i < num_micro_batches:
+            part_loss, part_metrics, part_grads = micro_batch(i, batch)
+            loss = loss + part_loss
+            metrics = metrics + part_metrics
+            for j in range(len(sums)):
+                ops.assign_add(sums[j], part_grads[j])
+            i = i + 1
+        grads = ()
+        for j in range(len(sums)):
+            grads = grads + (sums[j],)
         return loss, metrics, grads
 
     return gradient_step
@@ -97,10 +98,26 @@ class Loop:
         self.num_tokens = 0
         self.started, self.seconds_before = time.monotonic(), 0.0  # of this start, and of those before it
 
-        each_micro_batch = exchange is not None and run.shard == "gradients"
-        gradient_step = make_gradient_step(loss_fn, self.parameters, 1 + len(self.metric_names),
-                                           exchange if each_micro_batch else None)
-        optimizer, clip_norm = self.optimizer, train.clip_norm
+        self.loss_fn, self.exchange = loss_fn, exchange
+        self._steps = {}
+        self.share_weights = None
+        if self.optimizer.exchange is not None:
+            sharing = WeightSharing(self.optimizer)
+            self.share_weights = ms.jit(sharing.construct) if run.mode == "graph" else sharing
+
+    def training_step(self, hyperparameters_5, num_micro_batches, *batch):
+        """One step on tensors. Returns loss_sum, gradient norm, metric_sums_M, and this rank's loss_sum."""
+        accumulate = batch[0].shape[0] > 1
+        if accumulate not in self._steps:
+            step = self._make_step(accumulate)
+            self._steps[accumulate] = ms.jit(step) if self.run.mode == "graph" else step
+        return self._steps[accumulate](hyperparameters_5, num_micro_batches, *batch)
+
+    def _make_step(self, accumulate):
+        exchange, optimizer, clip_norm = self.exchange, self.optimizer, self.train.clip_norm
+        each_micro_batch = exchange is not None and self.run.shard == "gradients"
+        gradient_step = make_gradient_step(self.loss_fn, self.parameters, 1 + len(self.metric_names),
+                                           exchange if each_micro_batch else None, accumulate)
 
         def training_step(hyperparameters_5, num_micro_batches, *batch):
             loss, metrics, grads = gradient_step(num_micro_batches, *batch)
@@ -121,11 +138,7 @@ class Loop:
                 loss = ops.depend(loss, optimizer(grads, scale, hyperparameters_5))
             return loss, norm, metrics, own_loss
 
-        self.training_step = ms.jit(training_step) if run.mode == "graph" else training_step
-        self.share_weights = None
-        if optimizer.exchange is not None:
-            sharing = WeightSharing(optimizer)
-            self.share_weights = ms.jit(sharing.construct) if run.mode == "graph" else sharing
+        return training_step
 
     def seconds(self):
         """Wall time of the run so far, over all its starts."""

@@ -255,8 +255,8 @@ def test_the_shares_of_all_ranks_are_the_batch(num_ranks):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 6]))
-def test_shares_of_a_sequence_hold_every_token_and_target_once(seed, num_parts):
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 6]), st.integers(24, 29))
+def test_shares_of_a_sequence_hold_every_token_and_target_once(seed, num_parts, seq_len):
     random = np.random.default_rng(seed)
     lengths = random.integers(2, 24, random.integers(1, 20))
     is_target = [np.append(False, random.random(n - 1) < random.random()) for n in lengths]
@@ -264,13 +264,15 @@ def test_shares_of_a_sequence_hold_every_token_and_target_once(seed, num_parts):
     samples = tokenized_to_samples([(random.integers(1, 99, n).astype(np.int32), flags)
                                     for n, flags in zip(lengths, is_target, strict=True)],
                                    {"extra": random.random((int(sum(map(np.sum, is_target))), 3)).astype(np.float32)})
-    rows = PackedRows(samples, seq_len=24, micro_batch_rows=2, pad_id=0)
+    rows = PackedRows(samples, seq_len=seq_len, micro_batch_rows=2, pad_id=0)
     numbers = np.pad(np.arange(rows.num_rows), (0, rows.num_rows % 2), constant_values=-1)
     batch = rows.assemble(numbers.reshape(-1, 2))
     parts = [split_sequence(batch.arrays(), part, num_parts) for part in range(num_parts)]
-    share = 48 // num_parts
-    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts], 1), batch.tokens_AT)
-    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts], 1), batch.positions_AT)
+    share = -(-2 * seq_len // num_parts)
+    for i, whole in enumerate((batch.tokens_AT, batch.positions_AT)):
+        joined = np.concatenate([part[i] for part in parts], 1)
+        np.testing.assert_array_equal(joined[:, :2 * seq_len], whole)
+        assert joined.shape[1] == share * num_parts and not joined[:, 2 * seq_len:].any()
     assert len({tuple(array.shape for array in part) for part in parts}) == 1, "one compiled graph for all ranks"
     for micro in range(len(batch.tokens_AT)):
         found = []

@@ -32,18 +32,22 @@ def _peak(config, num_micro_batches=1):
 
 
 @functools.cache
-def _baseline(num_layers):
+def _baseline(num_layers, num_micro_batches):
     """Peak of a process that compiled and took the same steps with tensors of next to no size."""
-    return _peak(_config(num_layers, 16, 32, 64, 64))
+    return _peak(_config(num_layers, 16, 32, 64, 64), num_micro_batches)
 
 
-# Activations decide in the first, the vocabulary in the second, layers in the third; 310 to 610 MiB above the baseline.
+# Activations decide in the first, the vocabulary in the second, layers in the third, weights in the last; 310 to 1060
+# MiB above the baseline.
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [(2, 256, 1024, 4096, 4096), (2, 512, 2048, 16384, 2048), (4, 256, 1024, 4096, 2048)])
-def test_a_training_steps_peak_on_a_cpu_is_the_predicted_one_to_10_percent(sizes):
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(2, 256, 1024, 4096, 4096), (2, 512, 2048, 16384, 2048), (4, 256, 1024, 4096, 2048),
+                                   (4, 768, 3072, 8192, 256)])
+def test_a_training_steps_peak_on_a_cpu_is_the_predicted_one_to_10_percent(sizes, num_micro_batches):
     config = _config(*sizes)
-    measured = _peak(config) - _baseline(config.num_layers)
-    assert training_memory(config, config.max_seq_len, device="CPU").total == pytest.approx(measured, rel=0.10)
+    measured = _peak(config, num_micro_batches) - _baseline(config.num_layers, num_micro_batches)
+    predicted = training_memory(config, config.max_seq_len, device="CPU", num_micro_batches=num_micro_batches)
+    assert predicted.total == pytest.approx(measured, rel=0.10)
 
 
 # Exchanges among one rank stand for those of several. Recomputed first: freed memory stays with the process.
@@ -74,7 +78,8 @@ for recompute in (True, False):
     for layer in model.layers if recompute else ():
         layer.recompute()
     model.split_sequences(Alone(), Alone())
-    step = ms.jit(make_gradient_step(make_loss(model, T, 1024), ms.ParameterTuple(model.trainable_params()), 1))
+    step = ms.jit(make_gradient_step(make_loss(model, T, 1024), ms.ParameterTuple(model.trainable_params()), 1,
+                                     accumulate=False))
     print(step(ms.Tensor(1, ms.int32), *map(ms.Tensor, arrays))[0].asnumpy(), peak_memory_gib() * 2**30)
 """
 
@@ -114,7 +119,7 @@ def test_each_way_to_share_takes_its_part_off():
     sums = training_memory(config, 32768, num_micro_batches=4, num_ranks=8, shard="gradients")
     assert moments.optimizer == 12 * 1_155_912_192 // 8  # a chunk of the weights beside its two moments
     assert training_memory(config, 32768, num_ranks=8, shard="none").optimizer == alone.optimizer
-    assert alone.gradients - sums.gradients == 8 * 1_155_912_192 * 7 // 8 and moments.gradients == alone.gradients
+    assert alone.gradients - sums.gradients == 4 * 1_155_912_192 * 7 // 8 and moments.gradients == alone.gradients
     split = training_memory(config, 32768, sequence_parallel=2)
     assert split.activations == training_memory(config, 32768).activations // 2
     half = training_memory(config, 32768, moment_bytes=2)

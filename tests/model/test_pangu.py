@@ -47,6 +47,37 @@ def llama_logits(llama, tokens, documents):
                       for start, end in documents])
 
 
+class Alone(ms.nn.Cell):
+    """An exchange with nobody."""
+
+    def construct(self, x):
+        return x * 1.0
+
+
+@pytest.mark.parametrize("missing", [0, 1, 5])
+def test_tokens_behind_the_last_row_that_make_equal_shares_change_nothing(missing, random_config):
+    config = random_config(3)
+    model = Pangu(config, seed=3)
+    row_len = 15
+    tokens, positions, cu_seqlens, _ = packed_rows(3, 2, row_len, config.vocab_size)
+    upstream = np.random.default_rng(3).standard_normal((tokens.size, config.hidden_size)).astype(np.float32)
+    parameters = model.trainable_params()
+
+    def run(*padded):
+        def loss_of(tokens_T, positions_T):
+            hidden = model(tokens_T, positions_T, Tensor(cu_seqlens), row_len)[:tokens.size]
+            return (hidden * Tensor(upstream)).sum(), hidden
+
+        (_, hidden), gradients = ms.value_and_grad(loss_of, None, parameters, has_aux=True)(*tensors(*padded))
+        return [array.asnumpy() for array in (hidden, *gradients)]
+
+    alone = run(tokens, positions)
+    model.split_sequences(Alone(), Alone())
+    shared = run(*(np.pad(array, (0, missing)) for array in (tokens, positions)))
+    for ours, theirs in zip(shared, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_logits_and_gradients_are_those_of_transformers(seed, random_config, random_llama, tmp_path):
     config = random_config(seed)

@@ -98,8 +98,6 @@ def test_rows_are_taken_as_the_trainer_takes_them():
     ({"batch_tokens": 4 * 4096}, "have nothing to do"),
     ({"batch_tokens": 100_000}, "24 rows, 98,304 tokens"),
     ({"seq_len": 65536, "batch_tokens": 64 * 65536}, "model.max_seq_len=32768"),
-    ({"seq_len": 4095, "batch_tokens": 64 * 4095, "sequence_parallel": 2}, "seq_len=4095 is not a multiple"),
-    ({"seq_len": 32768, "batch_tokens": 64 * 32768, "sequence_parallel": 6, "devices": 6}, "use seq_len=32766"),
     ({"moments_dtype": "bfloat16"}, "rounds the second moment"),
     ({"vocab_parallel": True}, "vocab_parallel=true with sequence_parallel=1: the trainer refuses it"),
     ({"vocab_parallel": True, "sequence_parallel": 2, "stage": "grpo"}, "vocab_parallel=true changes nothing in grpo"),
