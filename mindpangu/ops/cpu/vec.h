@@ -181,4 +181,30 @@ inline vf vexp(vf x) {
   return x != x ? x : p;
 }
 
+// ln x with 1.5 ulp; -inf from float32's smallest normal down to 0, NaN below it.
+// Cephes' polynomial (S. Moshier) on the fraction, from sqrt(1/2) to sqrt(2).
+inline vf vlog(vf x) {
+  const vi bits = as_int(x);
+  vi exponent = (bits >> 23) - 126;
+  vf r = as_float((bits & 0x007fffff) | 0x3f000000);  // from 1/2 to 1
+  const vi is_low = r < splat(0.707106781186547524f);
+  exponent = is_low ? exponent - 1 : exponent;
+  r = (is_low ? r + r : r) - 1.0f;
+  const vf n = __builtin_convertvector(exponent, vf), square = r * r;
+  vf p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  p = p * r * square - n * 2.12194440e-4f - 0.5f * square;
+  p = r + p + n * 0.693359375f;
+  p = x == splat(INFINITY) ? x : p;
+  p = x < splat(1.17549435e-38f) ? splat(-INFINITY) : p;
+  return (x < vf{}) | (x != x) ? splat(NAN) : p;
+}
+
 }  // namespace pangu

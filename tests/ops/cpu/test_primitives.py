@@ -127,6 +127,58 @@ def test_addn_sums_in_order_and_bfloat16_in_float32(mode):
     assert np.array_equal(run(mode, sum_of_three, *map(Tensor, integers)).asnumpy(), sum(integers))
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_exponentials_are_those_of_float64_to_the_dtypes_precision(mode):
+    random = np.random.default_rng(4)
+    for dtype, precision in ((np.float16, 1e-3), (np.float32, 2e-7), (np.float64, 4e-16), (np.complex64, 3e-7),
+                             (np.complex128, 1e-15)):
+        x = numbers(random, (300, 401), dtype)
+        out = run(mode, ops.exp, Tensor(x)).asnumpy()
+        assert out.dtype == dtype
+        np.testing.assert_allclose(out, np.exp(x.astype(np.complex128 if dtype in COMPLEX else np.float64)), precision)
+    wide = np.linspace(-87.3, 88.7, 100_003).astype(np.float32)
+    np.testing.assert_allclose(run(mode, ops.exp, Tensor(wide)).asnumpy(), np.exp(wide.astype(np.float64)), 2e-7)
+    x = rounded(wide[wide > -87])  # numbers below the smallest normal one are 0
+    np.testing.assert_allclose(as_float32(run(mode, ops.exp, Tensor(x, ms.bfloat16))), np.exp(x.astype(np.float64)),
+                               2**-8)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 89, -200], np.float32)
+    assert np.array_equal(run(mode, ops.exp, Tensor(special)).asnumpy(), [1, 1, np.inf, 0, np.nan, np.inf, 0],
+                          equal_nan=True)
+    assert run(mode, ops.exp, Tensor(np.zeros((0, 3), np.float32))).shape == (0, 3)
+    out = run(mode, ops.exp, Tensor(np.arange(4)))
+    assert out.dtype == ms.float32
+    np.testing.assert_allclose(out.asnumpy(), np.exp(np.arange(4.0)), 2e-7)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_logarithms_are_those_of_float64_to_the_dtypes_precision(mode):
+    random = np.random.default_rng(5)
+    for dtype, precision in ((np.float16, 1e-3), (np.float32, 2e-7), (np.float64, 4e-16), (np.complex64, 3e-7),
+                             (np.complex128, 1e-15)):
+        x = numbers(random, (300, 401), dtype)
+        x = x if dtype in COMPLEX else np.exp(x)
+        out = run(mode, ops.log, Tensor(x)).asnumpy()
+        assert out.dtype == dtype
+        np.testing.assert_allclose(out, np.log(x.astype(np.complex128 if dtype in COMPLEX else np.float64)), precision,
+                                   precision * (dtype in COMPLEX))
+    wide = np.concatenate([np.geomspace(1.2e-38, 3e38, 100_003), 1 + np.linspace(-1e-3, 1e-3, 10_001)]).astype(np.float32)
+    np.testing.assert_allclose(run(mode, ops.log, Tensor(wide)).asnumpy(), np.log(wide.astype(np.float64)), 2e-7)
+    x = rounded(np.geomspace(1e-37, 1e38, 1001).astype(np.float32))
+    np.testing.assert_allclose(as_float32(run(mode, ops.log, Tensor(x, ms.bfloat16))), np.log(x.astype(np.float64)),
+                               2**-8)
+    special = np.array([0, -0.0, np.inf, -1, np.nan, 1], np.float32)
+    assert np.array_equal(run(mode, ops.log, Tensor(special)).asnumpy(), [-np.inf, -np.inf, np.inf, np.nan, np.nan, 0],
+                          equal_nan=True)
+    out = run(mode, ops.log, Tensor(np.arange(1, 5)))
+    assert out.dtype == ms.float32
+    np.testing.assert_allclose(out.asnumpy(), np.log(np.arange(1.0, 5)), 2e-7)
+
+
+def test_the_gradient_of_exponentials_is_themselves():
+    x = Tensor(np.linspace(-5, 5, 33).astype(np.float32))
+    assert np.array_equal(ms.grad(ops.exp)(x).asnumpy(), ops.exp(x).asnumpy())
+
+
 def test_casts_between_all_dtypes_are_numpys():
     random = np.random.default_rng(3)
     for source in (np.bool_, *INTEGERS, *FLOATS):
