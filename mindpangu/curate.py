@@ -15,7 +15,6 @@ Imports no MindSpore.
 """
 
 import functools
-import itertools
 import json
 import pickle
 import shutil
@@ -65,7 +64,7 @@ from .runtime.metrics import Reporter, format_seconds, peak_memory_gib, say
 _LINKED_CHARS = 1 << 21  # of documents that bands link, compared with each other at a time; a larger group is one
 _NO_PART_IN_LABELS = ("api_key_env", "timeout_s", "max_retries", "num_parallel", "prompt_price", "completion_price",
                       "pass_rates")
-_CHUNK = 2048  # lines that a process handles at a time
+_CHUNK, _CHUNK_CHARS = 2048, 1 << 23  # lines that a process handles at a time, and characters of their documents
 _LEAST_FILL = 0.95  # of rows
 _SAVE_EVERY_S = 30.0  # of what a selection has so far
 
@@ -139,7 +138,7 @@ def _annotations(pool, pieces, config, engine, cache, reporter):
                 total = so_far[-1]._replace(num_documents=reporter.total)
                 reporter.advance(total.num_done, describe(total) + eta)
 
-            documents = [pool.document(number) for number in numbers]
+            documents = pool.documents(numbers)
             annotated = annotate_by_model(documents, config, on_progress=show, endpoint=endpoint)
             before = so_far[-1]
             if config.pass_rates:
@@ -178,12 +177,16 @@ def read_attributes(path, numbers):
             yield to_json(_parse_attributes(line)[1])
 
 
-def benchmarks(documents, items, action, engine, scratch, on_done):
-    """Documents that hold an item of a benchmark: 13 of its words in a row, or all of a shorter one."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    write_aside(scratch / "index", pickle.dumps(index_items(items)))
+def write_index(path, items):
+    """The index of a list of Item, for `benchmarks`."""
+    write_aside(path, pickle.dumps(index_items(items)))
+
+
+def benchmarks(documents, index, action, engine, on_done):
+    """Documents that hold an item of a benchmark: 13 of its words in a row, or all of a shorter one. index: the path
+    of its items'."""
     pieces, count = cut(documents), 0
-    for piece, hits in zip(pieces, engine.map(functools.partial(_hits, str(scratch / "index")), documents.pool, pieces),
+    for piece, hits in zip(pieces, engine.map(functools.partial(_hits, str(index)), documents.pool, pieces),
                            strict=True):
         of_document = {}
         for hit in hits:
@@ -268,7 +271,7 @@ def held_out(documents, count):
 # ---- What the processes do -------------------------------------------------------------------------------------------
 
 def _annotate_by_rules(run_folder, pool, numbers):
-    documents = [pool.document(number) for number in numbers]
+    documents = pool.documents(numbers)
     annotated = annotate_by_rules(documents)
     if run_folder:
         annotated = add_complexity(documents, annotated, _rates(run_folder))
@@ -291,12 +294,12 @@ def _index(path):
 
 
 def _hits(index, pool, numbers):
-    return find_items([pool.text(number) for number in numbers], _index(index))
+    return find_items(pool.texts(numbers), _index(index))
 
 
 def _near_duplicates(settings, pool, piece):
     numbers, quality = piece
-    return near_duplicates([pool.text(number) for number in numbers], quality, settings.threshold,
+    return near_duplicates(pool.texts(numbers), quality, settings.threshold,
                            settings.num_permutations, settings.band_size, settings.num_words)
 
 
@@ -383,16 +386,13 @@ class Flow:
         if not path.with_suffix(".json").exists():
             began = time.monotonic()
             with Reporter(name, len(documents.numbers)) as reporter, open_aside(path) as file:
-                for finding in find(documents, scratch, reporter.advance):
-                    file.write(json_line(finding))
+                tally = _Tally(self._written(find(documents, scratch, reporter.advance), file))
             write_atomic(path.with_suffix(".json"), json.dumps({"seconds": round(time.monotonic() - began, 3)}))
             remove(scratch)
+        else:
+            tally = _Tally(read_findings(path))
         seconds = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
-        dropped, reasons = array("q"), {True: Counter(), False: Counter()}
-        for finding in read_findings(path):
-            reasons[finding.drop][finding.reason] += 1
-            if finding.drop:
-                dropped.append(finding.document)
+        dropped, reasons = tally.dropped, tally.reasons
         left = np.setdiff1d(documents.numbers, np.array(dropped, np.int64), assume_unique=True)
         assert left.size + len(dropped) == documents.numbers.size, f"{name}: a document was dropped twice"
         self.stages.append({"name": name, "in": documents.numbers.size, "out": left.size, "dropped": reasons[True],
@@ -404,6 +404,23 @@ class Flow:
             raise ValueError(f"{name} leaves no document ({why}): loosen its settings, or leave it out of "
                              f"curate.stages; what it found is in {path}.")
         return Documents(documents.pool, left)
+
+    @staticmethod
+    def _written(findings, file):
+        for finding in findings:
+            file.write(json_line(finding))
+            yield finding
+
+
+class _Tally:
+    """dropped: documents. reasons: {whether dropped: Counter}."""
+
+    def __init__(self, findings):
+        self.dropped, self.reasons = array("q"), {True: Counter(), False: Counter()}
+        for finding in findings:
+            self.reasons[finding.drop][finding.reason] += 1
+            if finding.drop:
+                self.dropped.append(finding.document)
 
 
 def read_findings(path):
@@ -460,10 +477,12 @@ def _curate(recipe, run_dir, may_build, engine):
         write_atomic(folder / "curation.json", json.dumps({"key": key}))
         write_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(recipe))))
         began = time.monotonic()
+        index = work / f"benchmarks-{items_digest}.index" if "benchmarks" in config.stages and items else None
+        has_index = engine.ahead(write_index, index, items) if index else None
         pool = _read(work, sources, config, engine)
         flow = Flow(work, pool_key)
-        documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, items,
-                                                      items_digest, engine)
+        documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, index,
+                                                      has_index, items_digest, engine)
         documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
         _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, labels)
         _write_dropped(folder, flow, pool, engine)
@@ -498,7 +517,7 @@ def _is_done(folder, key):
     return (folder / "done.json").exists()
 
 
-def _run_stages(flow, documents, recipe, items, items_digest, engine):
+def _run_stages(flow, documents, recipe, index, has_index, items_digest, engine):
     """The Documents that are left; for every document of the pool its difficulty, not a number where unknown; and the
     file of the Attributes, None without."""
     config = recipe.curate
@@ -520,10 +539,12 @@ def _run_stages(flow, documents, recipe, items, items_digest, engine):
         quality_N[documents.numbers], difficulty_N[documents.numbers] = values["quality"], values["difficulty"]
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
                              unwanted_attributes(labels, config.filter, engine))
-    if "benchmarks" in config.stages and items:
+    if index:
+        has_index()
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
                              lambda documents, scratch, on_done: benchmarks(
-                                 documents, items, config.decontaminate.action, engine, scratch, on_done))
+                                 documents, index, config.decontaminate.action, engine, on_done))
+        index.unlink()
     if "near_duplicates" in config.stages:
         settings = config.near_duplicates
         documents = flow.run("near_duplicates", documents, as_dict(settings),
@@ -664,7 +685,7 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
                               samples_per_shard=config.samples_per_shard, on_long="split" if is_text else "drop",
                               binding={"tokenizer": tokenizer.digest, "template": template_digest(),
                                        "made_from": flow.key}, num_processes=_num_processes(recipe),
-                              on_progress=lambda done, _: reporter.advance(done))
+                              workers=engine.workers, on_progress=lambda done, _: reporter.advance(done))
     counts = {name: sum(getattr(shard, name) for shard in packed.counts)
               for name in ("rows", "samples", "tokens", "targets")}
     totals = counts | {"seq_len": data.seq_len, "fill": counts["tokens"] / (counts["rows"] * data.seq_len)}
@@ -721,13 +742,15 @@ def _write_dropped(folder, flow, pool, engine):
             chosen = (finding for finding in read_findings(flow.work / stage["file"])
                       if finding.drop == (part == "dropped"))
             with open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file:
-                file.writelines(engine.map(functools.partial(_described, stage["name"]), pool, _chunks(chosen)))
+                chunks = _chunks(chosen, lambda finding: int(pool.char_counts_N[finding.document]))
+                file.writelines(engine.map(functools.partial(_described, stage["name"]), pool, chunks))
 
 
 def _described(stage, pool, findings):
     """The lines of findings, each with the record in the bytes that it has in the pool."""
     lines = []
-    for finding in findings:
+    records = pool.records_bytes([finding.document for finding in findings])
+    for finding, record in zip(findings, records, strict=True):
         file, place = pool.place(finding.document)
         line = {"stage": stage, "reason": finding.reason, "score": finding.score}
         if isinstance(finding.partner, int):
@@ -736,19 +759,26 @@ def _described(stage, pool, findings):
             line["partner"] = finding.partner
         line |= (finding.details or {}) | {"source": pool.sources[pool.sources_N[finding.document]]["name"],
                                            "file": file, "line": place}
-        record = escape_halves(pool.record_bytes(finding.document))
-        lines.append(json_line(line)[:-2] + b', "record": ' + record + b"}\n")
+        lines.append(json_line(line)[:-2] + b', "record": ' + escape_halves(record) + b"}\n")
     return b"".join(lines)
 
 
-def _chunks(values):
-    """Lists of _CHUNK values."""
-    values = iter(values)
-    while chunk := list(itertools.islice(values, _CHUNK)):
+def _chunks(values, count_chars=lambda value: 0):
+    """Lists of _CHUNK values, or of fewer with _CHUNK_CHARS characters."""
+    chunk, chars = [], 0
+    for value in values:
+        chunk.append(value)
+        chars += count_chars(value)
+        if len(chunk) == _CHUNK or chars > _CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
         yield chunk
 
 
 main = entry_point(run)
 
 if __name__ == "__main__":
+    from mindpangu.curate import main  # not of __main__, which Ray would send whole to its workers
+
     main()

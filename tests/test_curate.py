@@ -175,6 +175,15 @@ def contents(folder):
     return found, summary
 
 
+def assert_same(folder, other):
+    (found, summary), (expected, wanted) = contents(folder), contents(other)
+    for files in (found, expected):  # the key is of paths too
+        del files["curation.json"], files["done.json"], files[".lock"]
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert summary == wanted
+
+
 def command(*words):
     return [sys.executable, "-m", "mindpangu.curate", *words]
 
@@ -182,7 +191,7 @@ def command(*words):
 def test_killed_again_and_again_it_ends_in_the_same_bytes(sources, curated, tmp_path):
     line = command(*arguments(sources[0], "runs", "curate.num_processes=2", "run.dir=run"))
     # Where it is killed: when these appear, the last of them a shard of several.
-    for sign in ("runs/documents-*/texts.bin.partial", "runs/documents-*/benchmarks-*/index",
+    for sign in ("runs/documents-*/texts.bin.partial", "runs/documents-*/benchmarks-*.jsonl*",
                  "runs/documents-*/tokens-*/000000.lengths.npy", "run/rows/00001.shard"):
         process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
         while not list(tmp_path.glob(sign)):
@@ -193,13 +202,15 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(sources, curated, tmp_
         assert not (tmp_path / "run" / "done.json").exists()
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, summary = contents(tmp_path / "run")
-    expected, wanted = contents(curated)
-    for files in (found, expected):  # the key is of paths too
-        del files["curation.json"], files["done.json"], files[".lock"]
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
-    assert summary == wanted
+    assert_same(tmp_path / "run", curated)
+
+
+def test_ray_leaves_the_same_bytes(sources, curated, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'mindpangu[ray]'")
+    line = command(*arguments(sources[0], "runs", "curate.num_processes=2", "run.dir=run", "curate.engine=ray"))
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", curated)
 
 
 def test_a_changed_threshold_repeats_only_what_comes_after_it(sources, curated, capsys):

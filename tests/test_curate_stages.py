@@ -96,8 +96,9 @@ def test_benchmark_items_are_found_by_13_words_by_all_of_fewer_or_by_equality(tm
         return False
 
     with Local(1) as engine:
-        found = list(curate.benchmarks(documents, items, "drop", engine, tmp_path / "scratch", nothing))
-        reported = list(curate.benchmarks(documents, items, "report", engine, tmp_path / "scratch", nothing))
+        curate.write_index(tmp_path / "index", items)
+        found = list(curate.benchmarks(documents, tmp_path / "index", "drop", engine, nothing))
+        reported = list(curate.benchmarks(documents, tmp_path / "index", "report", engine, nothing))
     assert [finding.document for finding in found] == [n for n, text in enumerate(texts) if contaminated(text)]
     assert 15 <= len(found) < len(texts)
     for finding in found:
@@ -209,7 +210,9 @@ def test_ray_finds_the_same_and_killed_workers_change_nothing(small, tmp_path, m
     quality = np.arange(len(small.numbers), dtype=float)
 
     def survey(engine, folder):
-        return (list(curate.benchmarks(small, items, "drop", engine, folder / "b", nothing)),
+        folder.mkdir()
+        engine.ahead(curate.write_index, folder / "index", items)()
+        return (list(curate.benchmarks(small, folder / "index", "drop", engine, nothing)),
                 list(curate.near_duplicates_of(small, quality, NearDuplicatesConfig(), engine, folder / "n", nothing)))
 
     with Local(1) as engine:

@@ -181,7 +181,7 @@ _NO_MATHS = {i for i, (topic, _, _) in enumerate(_TOPICS) if topic in ("translat
 _NUMBERS = frozenset("two three four five six seven eight nine ten eleven twelve twenty thirty fifty hundred thousand "
                      "half twice double triple dozen".split())
 _CHINESE_NUMBERS = re.compile("[一二两三四五六七八九十百千万半]")
-_DIGITS = re.compile(r"\d+")
+_DIGIT, _TWO_NUMBERS = re.compile(r"\d"), re.compile(r"\d\D+\d")
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~，。？！；：、“”（）"
 _MIN_QUANTITIES = 2  # numbers in a word problem
 _ASKS_KNOWLEDGE = re.compile(r"\b(?:who|whom|whose|when|where|which|capital|explain|describe|define|what (?:is|are|was|"
@@ -212,7 +212,9 @@ def find_subcategory(prompt, verifiable=None, has_tests=False):
     if first < len(_TOPICS):
         return _TOPICS[first][0]
     if verifiable == "math":
-        count = len(_DIGITS.findall(prompt)) + len(_NUMBERS & words)
+        if _TWO_NUMBERS.search(prompt):  # as most do: sooner found than all are counted
+            return "arithmetic"
+        count = bool(_DIGIT.search(prompt)) + len(_NUMBERS & words)
         if count < _MIN_QUANTITIES and not is_ascii:
             count += len(_CHINESE_NUMBERS.findall(prompt))
         if count >= _MIN_QUANTITIES:

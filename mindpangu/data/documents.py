@@ -287,7 +287,7 @@ def parse_line(path, line):
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: expected UTF-8 text") from None
-    if Path(path).suffix == ".txt":
+    if str(path).endswith(".txt"):
         return {"text": text}
     try:
         fields = json.loads(text)

@@ -38,6 +38,11 @@ class Local:
     def __exit__(self, *exception):
         return self._stack.__exit__(*exception)
 
+    def ahead(self, function, *arguments):
+        """Starts function(*arguments) in one of the processes; returns a function that waits for its result."""
+        return self.workers.submit(function, *arguments).result if self.workers else functools.partial(
+            function, *arguments)
+
     def map_batches(self, function, batches):
         """Yields function(batch) for each batch, in their order."""
         yield from map_pieces(self.workers, function, batches, self.num_processes)
@@ -78,7 +83,7 @@ class Local:
 
 def sign_piece(settings, pool, numbers):
     """(places in the piece of the documents that have shingles, keys uint64 [B, those])."""
-    signatures = sign(shingle([pool.text(number) for number in numbers], settings.num_words),
+    signatures = sign(shingle(pool.texts(numbers), settings.num_words),
                       settings.num_permutations)
     signed_D = signed(signatures)
     return signed_D, np.stack([keys_D[signed_D] for keys_D in band_keys(signatures, settings.band_size)])

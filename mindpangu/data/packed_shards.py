@@ -51,7 +51,7 @@ class ShardCounts(NamedTuple):
 
 
 def write_packed(folder, num_samples, tokenize, *, seq_len, pad_id, samples_per_shard, binding, on_long="drop",
-                 num_processes=1, on_progress=None):
+                 num_processes=1, workers=None, on_progress=None):
     """Writes the folder, or what is missing of it, and returns its PackedShards.
 
     tokenize(first, end) -> [(tokens_T int32, is_target_T bool)]: samples first to end - 1 of the num_samples in
@@ -61,7 +61,8 @@ def write_packed(folder, num_samples, tokenize, *, seq_len, pad_id, samples_per_
     binding: dict[str, str], what the tokens were made from: at least "tokenizer" and "template", the digests, and what
     identifies the samples and their order. on_progress(shards done, shards in all) is called after every shard.
     num_processes: the bytes don't depend on it. Above 1, tokenize has to be picklable and the caller's main module
-    importable. Killed, it goes on by the same call. One writer at a time.
+    importable. workers: an executor of so many processes, see parallel.worker_processes; None: one of its own.
+    Killed, it goes on by the same call. One writer at a time.
     Raises ValueError for samples that cannot be trained on, by their numbers, and if the folder holds others.
     """
     if on_long not in ("drop", "split"):
@@ -79,7 +80,8 @@ def write_packed(folder, num_samples, tokenize, *, seq_len, pad_id, samples_per_
     num_done = shards.num_shards - len(missing)
     job = (str(folder), tokenize, num_samples, seq_len, samples_per_shard, on_long)
     num_processes = min(num_processes, len(missing))
-    with worker_processes(num_processes) if num_processes > 1 else contextlib.nullcontext() as workers:
+    own = worker_processes(num_processes) if num_processes > 1 and workers is None else None
+    with own or contextlib.nullcontext(workers if num_processes > 1 else None) as workers:
         for i, file, digest, counts in map_pieces(workers, functools.partial(_write, job), missing, num_processes):
             shards.take_file(i, file, digest, **counts._asdict())
             num_done += 1

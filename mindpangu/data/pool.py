@@ -137,28 +137,55 @@ class Pool:
     def text(self, number):
         return self._read("texts.bin", self._text_ends, number).decode()
 
+    def texts(self, numbers):
+        """The texts of rising numbers, neighbours read at once."""
+        return [data.decode() for data in self._read_all("texts.bin", self._text_ends, numbers)]
+
     def text_bytes(self, number):
         return self._read("texts.bin", self._text_ends, number)
 
     def record(self, number):
-        return json.loads(self.record_bytes(number).decode("utf-8", "surrogatepass"))
+        return _parse_record(self.record_bytes(number))
+
+    def records_bytes(self, numbers):
+        """Those of rising numbers, neighbours read at once."""
+        return self._read_all("records.bin", self._record_ends, numbers)
 
     def record_bytes(self, number):
         return self._read("records.bin", self._record_ends, number)
 
     def document(self, number):
-        source = self.sources[self.sources_N[number]]
-        language = self.languages[self.languages_N[number]]
-        return Document(self.text(number), self.record(number), source["name"], language, source["category"],
-                        source["licence"], *self.place(number))
+        return self.documents([number])[0]
+
+    def documents(self, numbers):
+        """The Documents of rising numbers, neighbours read at once."""
+        documents = []
+        for number, text, record in zip(numbers, self.texts(numbers), self.records_bytes(numbers), strict=True):
+            source, language = self.sources[self.sources_N[number]], self.languages[self.languages_N[number]]
+            documents.append(Document(text, _parse_record(record), source["name"], language, source["category"],
+                                      source["licence"], *self.place(number)))
+        return documents
 
     def place(self, number):
         """(file, line) that the document was read from."""
         return self.files[self._files_N[number]], int(self._lines_N[number])
 
+    def _read_all(self, name, ends, numbers):
+        begins, stops = ends[np.asarray(numbers)], ends[np.asarray(numbers) + 1]
+        firsts = np.flatnonzero(np.append(True, begins[1:] != stops[:-1])) if begins.size else begins
+        found, begins_list, stops_list = [], begins.tolist(), stops.tolist()
+        for first, last in zip(firsts.tolist(), [*firsts[1:].tolist(), begins.size], strict=True):
+            begin = begins_list[first]
+            data = self._read_span(name, begin, stops_list[last - 1])
+            found += [data[a - begin : b - begin]
+                      for a, b in zip(begins_list[first:last], stops_list[first:last], strict=True)]
+        return found
+
     def _read(self, name, ends, number):
+        return self._read_span(name, int(ends[number]), int(ends[number + 1]))
+
+    def _read_span(self, name, begin, end):
         # Not mapped: pages that were looked at would count as this process's memory.
-        begin, end = int(ends[number]), int(ends[number + 1])
         data = os.pread(self._descriptor(name), end - begin, begin)
         if len(data) != end - begin:
             raise ValueError(f"{self.folder / name} is cut off: delete the folder and run the command again.")
@@ -170,6 +197,10 @@ class Pool:
     @functools.cached_property
     def _opened(self):
         return {name: open(self.folder / name, "rb", buffering=0) for name in ("texts.bin", "records.bin")}  # noqa: SIM115
+
+
+def _parse_record(data):
+    return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 """The stages of curation on Ray Data, over the machines of a Ray cluster. All of them have to see run.root."""
 
+import functools
 import logging
 import os
 import pickle
@@ -44,8 +45,17 @@ class RayEngine:
         if self._ours:
             self._ray.shutdown()
 
+    def ahead(self, function, *arguments):
+        """As engine.Local with one process: here, when it is waited for."""
+        return functools.partial(function, *arguments)
+
+    def map_batches(self, function, batches):
+        """As engine.Local with one process: files are read on the machine that has them."""
+        yield from map(function, batches)
+
     def map(self, function, pool, pieces):
         """Yields function(pool, piece) for each piece, in their order."""
+        pieces = list(pieces)
         if not pieces:
             return
 

@@ -30,7 +30,7 @@ class Words(NamedTuple):
 
 def fold(text):
     """text without the differences that make no other word: Unicode's compatibility forms (NFKC), and case."""
-    return unicodedata.normalize("NFKC", text).casefold()
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
 
 
 def normalise(text):

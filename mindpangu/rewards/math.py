@@ -110,7 +110,8 @@ def _plain_number(text):
 def extract_final_answer(text):
     """The final answer as written (see the top of this file), or None."""
     if "####" in text:  # most problems with a worked answer: found without looking for the other markers
-        for line in reversed(_FINAL_LINE.findall(_half_width(text))):
+        lines = _half_width(text)
+        for line in reversed(_FINAL_LINE.findall(lines, lines.find("####"))):
             if _starts_answer(line, _LINE):
                 return line.strip()
     answers = _final_answers(text)
