@@ -426,8 +426,11 @@ class _Tally:
 def read_findings(path):
     """Yields the Findings that a stage has written."""
     with open(path, "rb") as file:
-        for line in file:
-            yield Finding(*json.loads(line))
+        yield from map(_parse_finding, file)
+
+
+def _parse_finding(line):
+    return Finding(*json.loads(line))
 
 
 def remove(scratch):
@@ -739,16 +742,16 @@ def _write_dropped(folder, flow, pool, engine):
             if not stage[part]:
                 continue
             (folder / part).mkdir(exist_ok=True)
-            chosen = (finding for finding in read_findings(flow.work / stage["file"])
-                      if finding.drop == (part == "dropped"))
-            with open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file:
-                chunks = _chunks(chosen, lambda finding: int(pool.char_counts_N[finding.document]))
-                file.writelines(engine.map(functools.partial(_described, stage["name"]), pool, chunks))
+            with (open(flow.work / stage["file"], "rb") as found,
+                  open_aside(folder / part / f"{place}-{stage['name']}.jsonl") as file):
+                chunks = _chunks(found, lambda line: int(pool.char_counts_N[int(line[1 : line.index(b",")])]))
+                file.writelines(engine.map(functools.partial(_described, stage["name"], part == "dropped"), pool,
+                                           chunks))
 
 
-def _described(stage, pool, findings):
-    """The lines of findings, each with the record in the bytes that it has in the pool."""
-    lines = []
+def _described(stage, is_drop, pool, found):
+    """The lines of findings, lines too, that drop or only report; each has the record in the bytes of the pool."""
+    findings, lines = [finding for finding in map(_parse_finding, found) if finding.drop == is_drop], []
     records = pool.records_bytes([finding.document for finding in findings])
     for finding, record in zip(findings, records, strict=True):
         file, place = pool.place(finding.document)

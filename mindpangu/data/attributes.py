@@ -304,12 +304,14 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")  # not t
 _HTML = re.compile(r"</?(?:div|span|p|br|a|table|tr|td|th|li|ul|ol|script|style|font|img|b|i|u|em|strong|sup|sub|"
                    r"center|h[1-6]|body|html|head)(?:\s[^<>]*)?/?>|&(?:nbsp|amp|lt|gt|quot|apos|#\d{1,6}|#x[0-9a-f]{1,6});",
                    re.IGNORECASE)
+_MAY_BE_HTML = re.compile("</?[A-Za-z]|&[A-Za-z#]")  # sooner found missing
 _INLINE_CODE = re.compile(r"`[^`\n]+`")
 _FENCE_LINE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _LATEX = re.compile(r"\\[a-zA-Z]")
 _MONEY = re.compile(r"\\\$|\$\d[\d,.]*(?![\w\\^{$,.])")
-_BREAKS_OFF = re.compile(r"(?:[,，、;；:：(（\[{【《“‘+*/=&-]|(?:^|[\s,])(?:the|an?|of|and|or|to|in|on|with|for|is|are|"
-                         r"was|were|that|which|by|from|as|but|because)|[的和与及或但而且因])\Z", re.IGNORECASE)
+_OPEN_ENDS = frozenset(",，、;；:：(（[{【《“‘+*/=&-的和与及或但而且因")
+_OPEN_WORDS = frozenset("the a an of and or to in on with for is are was were that which by from as but "
+                        "because".split())
 _MIN_BROKEN_CHARS = 80  # a shorter reply may be a title, a list item, a formula
 
 
@@ -334,12 +336,18 @@ def find_faults(text, reply):
         prose = _FENCED.sub("", text)
     if "\\" in prose and _LATEX.search(prose) and not _is_balanced(prose):
         faults.append("unbalanced_math")
-    if ("<" in prose or "&" in prose) and _HTML.search(_INLINE_CODE.sub("", prose) if "`" in prose else prose):
+    may_be_html = ("<" in prose or "&" in prose) and _MAY_BE_HTML.search(prose)
+    if may_be_html and _HTML.search(_INLINE_CODE.sub("", prose) if "`" in prose else prose):
         faults.append("html")
     end = reply.rstrip()
-    if len(end) >= _MIN_BROKEN_CHARS and _BREAKS_OFF.search(end[-20:]):
+    if len(end) >= _MIN_BROKEN_CHARS and (end[-1] in _OPEN_ENDS or _last_word(end).lower() in _OPEN_WORDS):
         faults.append("truncated")
     return tuple(faults)
+
+
+def _last_word(text):
+    """What stands behind the last white space or comma, of its last 20 characters."""
+    return text[-20:].replace(",", " ").split()[-1]
 
 
 def _is_balanced(text):

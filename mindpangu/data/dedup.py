@@ -68,6 +68,7 @@ def near_duplicates(documents, quality_D=None, threshold=0.7, num_permutations=1
     bands = list(shared_bands(signatures_PD, band_size))
     candidates_K = np.unique(np.concatenate([members for members, _ in bands]))
     sets = _sets(shingles, candidates_K, signatures_PD)
+    compare = _Comparison(sets, threshold)
 
     components_K = np.arange(candidates_K.size)  # the least member of each one's component
     for members, starts in bands:
@@ -79,9 +80,8 @@ def near_duplicates(documents, quality_D=None, threshold=0.7, num_permutations=1
             mixed = np.minimum.reduceat(components, starts) != np.maximum.reduceat(components, starts)
             members, sizes = members[np.repeat(mixed, sizes)], sizes[mixed]
             starts = np.cumsum(sizes) - sizes
-            for left_Q, right_Q, similarities_Q in pairs(sets, members, starts, sizes, threshold):
-                linked = similarities_Q >= threshold
-                components_K = join(components_K, left_Q[linked], right_Q[linked])
+            for left_Q, right_Q in pairs(compare, members, starts, sizes):
+                components_K = join(components_K, left_Q, right_Q)
 
     partners_D, scores_D = np.arange(num_documents), np.ones(num_documents)
     best_first = np.lexsort((candidates_K, -quality_D[candidates_K], components_K))
@@ -219,18 +219,51 @@ def _sets(shingles, documents_K, signatures_PD):
                  np.ascontiguousarray(signatures_PD[:, documents_K].T))
 
 
-def _jaccard(sets, left_Q, right_Q, threshold=0.0):
-    """Jaccard similarities float64 [Q] of pairs of documents with shingles; where below the threshold, it may say 0."""
+class _Comparison:
+    """Which pairs of documents, the smaller number first, are similar; each pair is compared once, whatever bands it
+    shares."""
+
+    def __init__(self, sets, threshold):
+        self.sets, self.threshold = sets, threshold
+        self._sizes_K = np.diff(sets.starts_K1)
+        self._different = np.zeros(0, np.int64)  # pairs, as left * K + right, in order
+
+    def similar(self, left_Q, right_Q):
+        """The pairs (left, right) among these."""
+        pairs_Q = np.unique(left_Q * self._sizes_K.size + right_Q)
+        places = np.searchsorted(self._different, pairs_Q)
+        if self._different.size:
+            pairs_Q = pairs_Q[self._different[np.minimum(places, self._different.size - 1)] != pairs_Q]
+        left_Q, right_Q = np.divmod(pairs_Q, self._sizes_K.size)
+        are_similar = np.zeros(pairs_Q.size, bool)
+        possible = np.flatnonzero(self._may_be_similar(left_Q, right_Q))
+        are_similar[possible] = _jaccard(self.sets, left_Q[possible], right_Q[possible]) >= self.threshold
+        self._different = np.sort(np.concatenate([self._different, pairs_Q[~are_similar]]))
+        return left_Q[are_similar], right_Q[are_similar]
+
+    def _may_be_similar(self, left_Q, right_Q):
+        """bool: not those whose sizes differ too much, or whose values agree less often than four standard deviations
+        below the threshold."""
+        signatures_KP, threshold = self.sets.signatures_KP, self.threshold
+        num_permutations = signatures_KP.shape[1]
+        least = num_permutations * threshold - 4 * np.sqrt(num_permutations * threshold * (1 - threshold))
+        left_sizes, right_sizes = self._sizes_K[left_Q], self._sizes_K[right_Q]
+        may_be = np.minimum(left_sizes, right_sizes) >= threshold * np.maximum(left_sizes, right_sizes)
+        for begin in range(0, left_Q.size if least > 0 else 0, _CHUNK_PAIRS):
+            chunk = slice(begin, begin + _CHUNK_PAIRS)
+            may_be[chunk] &= (signatures_KP[left_Q[chunk]] == signatures_KP[right_Q[chunk]]).sum(1) >= least
+        return may_be
+
+
+def _jaccard(sets, left_Q, right_Q):
+    """Jaccard similarities float64 [Q] of pairs of documents with shingles."""
     sizes_K = np.diff(sets.starts_K1)
     swap = sizes_K[left_Q] > sizes_K[right_Q]
     left_Q, right_Q = np.where(swap, right_Q, left_Q), np.where(swap, left_Q, right_Q)
     similarities_Q = np.zeros(left_Q.size)
-    possible = np.flatnonzero(sizes_K[left_Q] / sizes_K[right_Q] >= threshold)
-    if threshold:
-        possible = possible[_may_be_similar(sets.signatures_KP, left_Q[possible], right_Q[possible], threshold)]
     # Every shingle of the smaller set is looked up in the larger one, a bounded number at a time.
-    ends = np.cumsum(sizes_K[left_Q[possible]])
-    for chunk in np.split(possible, np.flatnonzero(np.diff(ends // _CHUNK_LOOKUPS)) + 1):
+    ends = np.cumsum(sizes_K[left_Q])
+    for chunk in np.split(np.arange(left_Q.size), np.flatnonzero(np.diff(ends // _CHUNK_LOOKUPS)) + 1):
         if not chunk.size:
             continue
         left, right = left_Q[chunk], right_Q[chunk]
@@ -243,37 +276,24 @@ def _jaccard(sets, left_Q, right_Q, threshold=0.0):
     return similarities_Q
 
 
-def _may_be_similar(signatures_KP, left_Q, right_Q, threshold):
-    """bool: not those whose values agree less often than four standard deviations below the threshold."""
-    num_permutations = signatures_KP.shape[1]
-    least = num_permutations * threshold - 4 * np.sqrt(num_permutations * threshold * (1 - threshold))
-    may_be = np.ones(left_Q.size, bool)
-    for begin in range(0, left_Q.size if least > 0 else 0, _CHUNK_PAIRS):
-        chunk = slice(begin, begin + _CHUNK_PAIRS)
-        may_be[chunk] = (signatures_KP[left_Q[chunk]] == signatures_KP[right_Q[chunk]]).sum(1) >= least
-    return may_be
+def _pairs_with_first(compare, members, starts, sizes):
+    """Yields (left, right) of the similar pairs (first, other) of every run of members."""
+    yield compare.similar(np.repeat(members[starts], sizes - 1), members[ranges(starts + 1, sizes - 1)])
 
 
-def _pairs_with_first(sets, members, starts, sizes, threshold):
-    """(left_Q, right_Q, similarities_Q) of the pairs (first, other) of every run of members."""
-    left, right = np.repeat(members[starts], sizes - 1), members[ranges(starts + 1, sizes - 1)]
-    yield left, right, _jaccard(sets, left, right, threshold)
-
-
-def _pairs(sets, members, starts, sizes, threshold):
-    """(left_Q, right_Q, similarities_Q) of all pairs of every run of members, some at a time."""
+def _pairs(compare, members, starts, sizes):
+    """Yields (left, right) of the similar ones of all pairs of every run of members, some at a time."""
     # Documents that share a long text and little else meet in long runs in every band, thousands of shingles a pair to
     # look up in vain; a matrix product of the shingles that occur twice counts all pairs of a run at once.
     for start, size in zip(starts[sizes > _LONG_RUN], sizes[sizes > _LONG_RUN], strict=True):
         run = members[start : start + size]
-        for first, similarities in _similarities(sets, run):
-            left, right = np.nonzero(similarities >= threshold)
-            yield run[first + left], run[right], similarities[left, right]
+        for first, similarities in _similarities(compare.sets, run):
+            left, right = np.nonzero(similarities >= compare.threshold)
+            yield run[first + left], run[right]
     members = members[np.repeat(sizes <= _LONG_RUN, sizes)]
     sizes = sizes[sizes <= _LONG_RUN]
     num_after = np.repeat(np.cumsum(sizes), sizes) - np.arange(members.size) - 1
-    left, right = np.repeat(members, num_after), members[ranges(np.arange(members.size) + 1, num_after)]
-    yield left, right, _jaccard(sets, left, right, threshold)
+    yield compare.similar(np.repeat(members, num_after), members[ranges(np.arange(members.size) + 1, num_after)])
 
 
 def _similarities(sets, members_M):

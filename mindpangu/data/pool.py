@@ -80,7 +80,7 @@ def _batches(all_unread):
     batch, num_bytes = [], 0
     for unread in all_unread:
         batch.append(unread)
-        num_bytes += len(unread.parse.args[-1])  # a line, or the fields of a row
+        num_bytes += len(unread.json or unread.parse.args[-1])  # or the fields of a row
         if len(batch) == _BATCH_RECORDS or num_bytes > _BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0
@@ -92,8 +92,8 @@ def _read_batch(batch):
     found = [to_document(unread) for unread in batch]
     documents = [one for one in found if isinstance(one, Document)]
     texts = [document.text.encode() for document in documents]
-    records = [json.dumps(document.record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-               for document in documents]
+    records = [unread.json or json.dumps(document.record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+               for unread, document in zip(batch, found, strict=True) if isinstance(document, Document)]
     keys = b"".join(content_key(document.text) for document in documents)
     columns = {"text_bytes": np.array([len(text) for text in texts], np.int64),
                "record_bytes": np.array([len(record) for record in records], np.int64),
@@ -140,6 +140,10 @@ class Pool:
     def texts(self, numbers):
         """The texts of rising numbers, neighbours read at once."""
         return [data.decode() for data in self._read_all("texts.bin", self._text_ends, numbers)]
+
+    def text_lengths(self, numbers):
+        """Their bytes, int64."""
+        return self._text_ends[numbers + 1] - self._text_ends[numbers]
 
     def text_bytes(self, number):
         return self._read("texts.bin", self._text_ends, number)
@@ -214,6 +218,10 @@ class TextBytes:
 
     def __init__(self, pool, numbers):
         self.pool, self.numbers = pool, numbers
+
+    @property
+    def lengths_N(self):
+        return self.pool.text_lengths(self.numbers)
 
     def __len__(self):
         return len(self.numbers)

@@ -4,6 +4,7 @@ A source is a name for files of one kind of record. What is malformed is told by
 the plain text that duplicates, compression ratios and contamination are judged by, beside the record it came from.
 """
 
+import codecs
 import functools
 import glob
 import re
@@ -191,12 +192,14 @@ def detect_language(text):
 
 
 class Unread(NamedTuple):
-    """A record that has not been looked at. parse(): it, or ValueError; it can be pickled."""
+    """A record that has not been looked at. parse(): it, or ValueError; it can be pickled. json: the line of JSON that
+    it is, None where it is none."""
 
     source: Source
     file: str
     line: int
     parse: Callable
+    json: bytes | None
 
 
 def read_unread(sources):
@@ -211,13 +214,14 @@ def read_unread(sources):
 def _unread(sources):
     for source, files in sources:
         for file in files:
-            for line, parse in _parquet_rows(file) if file.suffix == ".parquet" else _lines(file):
-                yield Unread(source, str(file), line, parse)
+            name = str(file)
+            for unread in _parquet_rows(file) if file.suffix == ".parquet" else _lines(file):
+                yield Unread(source, name, *unread)
 
 
 def to_document(unread):
     """The Document of an Unread, or Malformed."""
-    source, file, line, parse = unread
+    source, file, line, parse, _ = unread
     try:
         record = parse()
         text = record_text(record, source.fields)
@@ -228,14 +232,18 @@ def to_document(unread):
 
 
 def _lines(file):
-    """(line number, a function that gives its record or raises ValueError) of a text file."""
+    """(line number, a function that gives its record or raises ValueError, its JSON) of a text file."""
+    file, is_json = str(file), file.suffix != ".txt"
     for number, line in read_lines(file):
-        yield number, functools.partial(parse_line, file, line)
+        if is_json:
+            line = line.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n")
+        # A carriage return between two values would end the line for some readers.
+        yield number, functools.partial(parse_line, file, line), line if is_json and b"\r" not in line else None
 
 
 def _parquet_rows(file):
-    """(row from 1, a function that gives its record or raises ValueError) of a Parquet file. Times and decimal numbers,
-    which JSON lacks, become strings."""
+    """(row from 1, a function that gives its record or raises ValueError, None) of a Parquet file. Times and decimal
+    numbers, which JSON lacks, become strings."""
     try:
         import pyarrow as pa
         import pyarrow.parquet
@@ -254,7 +262,7 @@ def _parquet_rows(file):
                         parse = functools.partial(_given, batch.slice(i, 1).to_pylist()[0])
                     except ValueError as error:
                         parse = functools.partial(_refuse, str(error))
-                    yield number, parse
+                    yield number, parse, None
     except pa.ArrowException as error:
         raise ValueError(f"{file}: cannot be read as Parquet ({error}): fetch or write the file again.") from None
     except OSError as error:

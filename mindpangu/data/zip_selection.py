@@ -16,7 +16,7 @@ from .parallel import worker_processes
 ENGINES = ("zlib_exact", "zstd")
 # The level of the zstd engine, and the most of a history that it refers to: 2^27 bytes, its decoder's default limit.
 _LEVEL, _MAX_WINDOW_BITS = 6, 27
-_CONTEXT_BYTES = 2048  # 60 microseconds a candidate; enough literals for tables of their own
+_CONTEXT_BYTES = 1024  # 30 microseconds a candidate; enough literals for tables of their own
 _scorer = None  # in a worker process: what it was made from, and its own _Deflate or _Zstandard
 
 
@@ -77,7 +77,7 @@ def select(documents, budget, engine="zstd", k1=10_000, k2=200, k3=100, strata_N
     if compat == "repr" or not (len(documents) and isinstance(documents[0], bytes)):
         strings = map(repr, documents) if compat == "repr" else documents
         texts = [string.encode("utf-8", "surrogatepass") for string in strings]
-    lengths_N = np.array([len(text) for text in texts], np.int64)
+    lengths_N = texts.lengths_N if hasattr(texts, "lengths_N") else np.array([len(text) for text in texts], np.int64)
     with _scoring(make, texts, num_processes, workers) as score:
         if state is None:
             nothing = np.zeros(0, np.int64)
