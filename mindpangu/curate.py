@@ -102,32 +102,41 @@ def exact_duplicates(documents):
         yield Finding(int(numbers[place]), "exact_duplicate", 1.0, int(numbers[first]))
 
 
-def annotate(documents, config, engine, path, cache, reporter):
-    """Writes the Attributes of the documents to a file, a line {"document", ...} each, by rules and, where config asks
-    for one, a model whose replies are kept in the folder cache; and beside it, .shard, their quality and difficulty."""
-    pieces, count = cut(documents), 0
-    values = []
-    with open_aside(path) as file:
-        for numbers, (lines, values_D2) in zip(
-                pieces, _annotations(documents.pool, pieces, config, engine, cache, reporter), strict=True):
+def unwanted_attributes(documents, config, engine, labels, cache):
+    """Documents that the FilterConfig of a CurateConfig drops, by their Attributes in the file labels.
+
+    Where it is missing, it is written: a line {"document", ...} each, by rules and, where config.annotate asks for one,
+    a model whose replies are kept in the folder cache; and beside it, .shard, their quality and difficulty.
+    """
+    if labels.exists():
+        with open(labels, "rb") as file:
+            for findings in engine.map_batches(functools.partial(_judge_lines, config.filter), _chunks(file)):
+                yield from findings
+        return
+    pieces, count, values = cut(documents), 0, []
+    with Reporter("annotate", documents.numbers.size) as reporter, open_aside(labels) as file:
+        annotations = _annotations(documents.pool, pieces, config, engine, cache, reporter)
+        for numbers, (lines, values_D2, findings) in zip(pieces, annotations, strict=True):
             file.write(lines)
             values.append(values_D2)
+            yield from findings
             count += numbers.size
-            if config.engine == "rules":
+            if config.annotate.engine == "rules":
                 reporter.advance(count)
-        write_shard(path.with_suffix(".shard"), dict(zip(("quality", "difficulty"), np.concatenate(values).T,
-                                                         strict=True)))
+        write_shard(labels.with_suffix(".shard"), dict(zip(("quality", "difficulty"), np.concatenate(values).T,
+                                                           strict=True)))
 
 
 def _annotations(pool, pieces, config, engine, cache, reporter):
-    """For each piece what `_as_lines` gives."""
-    if config.engine == "rules":
-        yield from engine.map(functools.partial(_annotate_by_rules, config.pass_rates), pool, pieces)
+    """For each piece what `_annotated` gives."""
+    if config.annotate.engine == "rules":
+        work = functools.partial(_annotate_by_rules, config.annotate.pass_rates, config.filter)
+        yield from engine.map(work, pool, pieces)
         return
     from .data.annotators import Progress, annotate_by_model, describe, open_endpoint  # which imports an HTTP client
 
     before = Progress(0, 0, 0, 0, 0, 0.0)  # of the pieces that are done
-    with open_endpoint(config, cache) as endpoint:
+    with open_endpoint(config.annotate, cache) as endpoint:
         for numbers in pieces:
             so_far = [before]
 
@@ -139,28 +148,12 @@ def _annotations(pool, pieces, config, engine, cache, reporter):
                 reporter.advance(total.num_done, describe(total) + eta)
 
             documents = pool.documents(numbers)
-            annotated = annotate_by_model(documents, config, on_progress=show, endpoint=endpoint)
+            annotated = annotate_by_model(documents, config.annotate, on_progress=show, endpoint=endpoint)
             before = so_far[-1]
-            if config.pass_rates:
-                annotated = add_complexity(documents, annotated, _rates(config.pass_rates))
-            yield _as_lines(numbers, annotated)
+            if config.annotate.pass_rates:
+                annotated = add_complexity(documents, annotated, _rates(config.annotate.pass_rates))
+            yield _annotated(numbers, annotated, config.filter)
     say(describe(before))
-
-
-def unwanted_attributes(path, config, engine):
-    """Documents that a FilterConfig drops, by their Attributes in a file of `annotate`."""
-    with open(path, "rb") as file:
-        for findings in engine.map_batches(functools.partial(_judge, config), _chunks(file)):
-            yield from findings
-
-
-def _judge(config, lines):
-    findings = []
-    for line in lines:
-        number, attributes = _parse_attributes(line)
-        if found := judge_attributes(attributes, config):
-            findings.append(Finding(number, *found, details={"attributes": to_json(attributes)}))
-    return findings
 
 
 def _parse_attributes(line):
@@ -270,19 +263,30 @@ def held_out(documents, count):
 
 # ---- What the processes do -------------------------------------------------------------------------------------------
 
-def _annotate_by_rules(run_folder, pool, numbers):
+def _annotate_by_rules(run_folder, filter_config, pool, numbers):
     documents = pool.documents(numbers)
     annotated = annotate_by_rules(documents)
     if run_folder:
         annotated = add_complexity(documents, annotated, _rates(run_folder))
-    return _as_lines(numbers, annotated)
+    return _annotated(numbers, annotated, filter_config)
 
 
-def _as_lines(numbers, annotated):
-    """(lines of JSON, quality and difficulty float64 [D, 2]) of the Attributes of documents."""
-    lines = b"".join(json_line({"document": number} | to_json(attributes))
-                     for number, attributes in zip(numbers.tolist(), annotated, strict=True))
-    return lines, np.array([(quality(attributes), difficulty(attributes)) for attributes in annotated])
+def _annotated(numbers, annotated, filter_config):
+    """(lines of JSON, quality and difficulty float64 [D, 2], Findings) of the Attributes of documents."""
+    pairs = list(zip(numbers.tolist(), annotated, strict=True))
+    lines = b"".join(json_line({"document": number} | to_json(attributes)) for number, attributes in pairs)
+    values = np.array([(quality(attributes), difficulty(attributes)) for attributes in annotated])
+    return lines, values, _judge(filter_config, pairs)
+
+
+def _judge_lines(filter_config, lines):
+    return _judge(filter_config, map(_parse_attributes, lines))
+
+
+def _judge(filter_config, pairs):
+    """Findings about (number, Attributes)."""
+    return [Finding(number, *found, details={"attributes": to_json(attributes)}) for number, attributes in pairs
+            if (found := judge_attributes(attributes, filter_config))]
 
 
 _rates = functools.lru_cache(maxsize=1)(pass_rates)
@@ -533,15 +537,11 @@ def _run_stages(flow, documents, recipe, index, has_index, items_digest, engine)
     if "attributes" in config.stages:
         chosen = {name: value for name, value in as_dict(config.annotate).items() if name not in _NO_PART_IN_LABELS}
         labels = flow.scratch("labels", [chosen, _digest_of_rates(config)]).with_suffix(".jsonl")
-        if not labels.exists():
-            began = time.monotonic()
-            with Reporter("annotate", documents.numbers.size) as reporter:
-                annotate(documents, config.annotate, engine, labels, flow.work.parent / "annotations", reporter)
-            say(f"{'annotate':16} {documents.numbers.size:>10,}{time.monotonic() - began:24.1f}s")
-        values = read_shard(labels.with_suffix(".shard"))
-        quality_N[documents.numbers], difficulty_N[documents.numbers] = values["quality"], values["difficulty"]
+        annotated = documents.numbers
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
-                             unwanted_attributes(labels, config.filter, engine))
+                             unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations"))
+        values = read_shard(labels.with_suffix(".shard"))
+        quality_N[annotated], difficulty_N[annotated] = values["quality"], values["difficulty"]
     if index:
         has_index()
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],

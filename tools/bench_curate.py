@@ -383,7 +383,7 @@ def main(folder, *names):
     records = []
     for name in names or [name for name in BENCHMARKS if name != "zip_in_full"]:
         for row in BENCHMARKS[name](folder):
-            better = ratio(row) if row.peer else row.ours[0]
+            better = ratio(row) if row.peer else float(np.median(row.ours))
             met = None if row.wanted is None else better >= row.wanted
             peer = f"{np.median(row.peer):.6g}" if row.peer else "-"
             print(f"{row.name:85} {np.median(row.ours):>12.6g} {peer:>12} {row.unit:12} {better:>8.4g} "

@@ -3,6 +3,7 @@
 A reader returns a list: the files are small enough to hold in memory (post-training data). `read_lines` and
 `parse_line` are for those that are not, see sources.py.
 """
+import codecs
 import gzip
 import json
 import re
@@ -284,7 +285,7 @@ def read_lines(path):
 def parse_line(path, line):
     """The object of a line of a file; a .txt file's is {"text": its content}. ValueError says what is malformed."""
     try:
-        text = line.decode("utf-8-sig")
+        text = line.removeprefix(codecs.BOM_UTF8).decode()  # "utf-8-sig" takes three times as long
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: expected UTF-8 text") from None
     if str(path).endswith(".txt"):

@@ -181,6 +181,8 @@ def detect_language(text):
     zh, ja or ko from a fifth of Chinese characters, kana and Hangul among the letters on: ja if kana are a tenth of the
     first two, ko if there is more Hangul than either. "und" for a text without letters, or in another script.
     """
+    if text.isascii():
+        return "en" if _ASCII_LETTER.search(text) else _NO_LANGUAGE
     shares = script_shares(text)
     han, kana, hangul = (shares.pop(script, 0.0) for script in ("han", "kana", "hangul"))
     if han + kana + hangul >= _MIN_CJK_SHARE:
