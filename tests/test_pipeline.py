@@ -169,6 +169,7 @@ def test_a_killed_training_run_repeats_the_uninterrupted_one_to_the_bit(copy):
         assert (parts / final).read_bytes() == (whole / final).read_bytes()
 
 
+@pytest.mark.long
 def test_a_refreshed_run_that_was_killed_resumes_to_the_same_losses(copy):
     overrides = ["recipe=kd_student_refresh", "run.log_every=1", "run.save_every=1"]
     output = _run(copy, *overrides, "run.dir=whole")

@@ -82,7 +82,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(mindspore_cpu):
     parameters = ms.ParameterTuple(model.trainable_params())
     step = ms.jit(make_gradient_step(_loss(model), parameters, 1))
     results = []
-    for micro_batch_rows in (8, 4, 2, 1):
+    for micro_batch_rows in (8, 2, 1):
         batch = next(_batches(8, micro_batch_rows))
         assert batch.tokens_AT.shape[0] == 8 // micro_batch_rows
         loss, metrics, grads = step(ms.Tensor(batch.num_micro_batches), *map(ms.Tensor, batch.arrays()))

@@ -27,6 +27,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.long
 def test_two_processes_at_once_build_it_once_and_a_third_finds_it(cache):
     both = [_build(cache) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
