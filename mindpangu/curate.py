@@ -171,8 +171,9 @@ def read_attributes(path, numbers):
 
 
 def write_index(path, items):
-    """The index of a list of Item, for `benchmarks`."""
+    """Writes the index of a list of Item, for `benchmarks`; returns its path."""
     write_aside(path, pickle.dumps(index_items(items)))
+    return path
 
 
 def benchmarks(documents, index, action, engine, on_done):
@@ -484,12 +485,13 @@ def _curate(recipe, run_dir, may_build, engine):
         write_atomic(folder / "curation.json", json.dumps({"key": key}))
         write_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(recipe))))
         began = time.monotonic()
-        index = work / f"benchmarks-{items_digest}.index" if "benchmarks" in config.stages and items else None
-        has_index = engine.ahead(write_index, index, items) if index else None
+        index = None
+        if "benchmarks" in config.stages and items:
+            index = engine.ahead(write_index, work / f"benchmarks-{items_digest}.index", items)
         pool = _read(work, sources, config, engine)
         flow = Flow(work, pool_key)
         documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, index,
-                                                      has_index, items_digest, engine)
+                                                      items_digest, engine)
         documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
         _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, labels)
         _write_dropped(folder, flow, pool, engine)
@@ -524,9 +526,9 @@ def _is_done(folder, key):
     return (folder / "done.json").exists()
 
 
-def _run_stages(flow, documents, recipe, index, has_index, items_digest, engine):
+def _run_stages(flow, documents, recipe, index, items_digest, engine):
     """The Documents that are left; for every document of the pool its difficulty, not a number where unknown; and the
-    file of the Attributes, None without."""
+    file of the Attributes, None without. index: gives the path of the benchmarks' items; None: there are none."""
     config = recipe.curate
     num_processes = _num_processes(recipe)
     quality_N, difficulty_N = np.zeros(len(documents.pool)), np.full(len(documents.pool), np.nan)
@@ -543,11 +545,11 @@ def _run_stages(flow, documents, recipe, index, has_index, items_digest, engine)
         values = read_shard(labels.with_suffix(".shard"))
         quality_N[annotated], difficulty_N[annotated] = values["quality"], values["difficulty"]
     if index:
-        has_index()
+        path = index()
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
                              lambda documents, scratch, on_done: benchmarks(
-                                 documents, index, config.decontaminate.action, engine, on_done))
-        index.unlink()
+                                 documents, path, config.decontaminate.action, engine, on_done))
+        path.unlink()
     if "near_duplicates" in config.stages:
         settings = config.near_duplicates
         documents = flow.run("near_duplicates", documents, as_dict(settings),
