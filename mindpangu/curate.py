@@ -472,7 +472,7 @@ def _curate(recipe, run_dir, may_build, engine):
         del chosen[name]
     data = [getattr(recipe.data, name) for name in ("dress", "seq_len", "num_heldout")]
     key = make_key("curate", [chosen, as_dict(recipe.mix), data, recipe.seed, _tokens_of_the_run(recipe)],
-                   [pool_key, items_digest, tokenizer.digest, template_digest(), _digest_of_rates(config)])
+                   [pool_key, items_digest, tokenizer.digest, template_digest(), _annotators_digests(config.annotate)])
     folder = Path(run_dir or root / f"{recipe.recipe}-{recipe.scale}-curated-{key}")
     if _is_done(folder, key):
         say(f"{recipe.recipe}: already curated in {folder}")
@@ -538,7 +538,7 @@ def _run_stages(flow, documents, recipe, index, items_digest, engine):
     labels = None
     if "attributes" in config.stages:
         chosen = {name: value for name, value in as_dict(config.annotate).items() if name not in _NO_PART_IN_LABELS}
-        labels = flow.scratch("labels", [chosen, _digest_of_rates(config)]).with_suffix(".jsonl")
+        labels = flow.scratch("labels", [chosen, _annotators_digests(config.annotate)]).with_suffix(".jsonl")
         annotated = documents.numbers
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
                              unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations"))
@@ -564,8 +564,14 @@ def _run_stages(flow, documents, recipe, index, items_digest, engine):
     return documents, difficulty_N, labels
 
 
-def _digest_of_rates(config):
-    return digest_files([Path(config.annotate.pass_rates, PASS_RATES)] if config.annotate.pass_rates else [])
+def _annotators_digests(config):
+    """Of what an AnnotateConfig names: a student's pass rates, a model's weights."""
+    digests = digest_files([Path(config.pass_rates, PASS_RATES)] if config.pass_rates else [])
+    if config.engine == "checkpoint":
+        from .data.annotators import checkpoint_digest  # which imports an HTTP client
+
+        digests["checkpoint"] = checkpoint_digest(config.checkpoint)
+    return digests
 
 
 def _num_processes(recipe):

@@ -262,6 +262,18 @@ def test_bad_input_ends_with_what_to_do(sources, tmp_path, monkeypatch, more, sa
         curate(load_recipe(arguments(sources[0], "runs", *more)))
 
 
+def test_other_weights_of_a_model_that_annotates_make_another_curation(sources, tmp_path):
+    (tmp_path / "model").mkdir()
+    refusals = set()
+    for weights in (b"before", b"after"):
+        (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+        with pytest.raises(ValueError, match="not curated yet") as error:
+            curate(load_recipe(arguments(sources[0], tmp_path, "curate.annotate.engine=checkpoint",
+                                         f"curate.annotate.checkpoint={tmp_path / 'model'}")), may_build=False)
+        refusals.add(str(error.value))
+    assert len(refusals) == 2, "they name the folder"
+
+
 def test_a_folder_of_something_else_is_refused(sources, curated, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than a curation"):

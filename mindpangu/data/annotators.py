@@ -118,7 +118,7 @@ def open_endpoint(config, cache=None):
         return
     assert config.engine == "checkpoint"
     # Whichever checkpoint answers is called mindpangu.
-    cache = cache and Path(cache) / f"checkpoint-{_digest(config.checkpoint)}"
+    cache = cache and Path(cache) / f"checkpoint-{checkpoint_digest(config.checkpoint)}"
     with _serving(config.checkpoint, config.max_prompt_len, config.max_new_tokens) as url:
         # It answers one request after the other: two, so that the next one waits there.
         yield Endpoint(url, "mindpangu", timeout_s=config.timeout_s, max_retries=config.max_retries,
@@ -192,7 +192,7 @@ def _shorten(text, max_chars):
     return text if len(text) <= max_chars else f"{text[:max_chars // 2]}\n[...]\n{text[-max_chars // 2:]}"
 
 
-def _digest(checkpoint):
+def checkpoint_digest(checkpoint):
     """A hash over the weights in a run, checkpoint or Hugging Face folder."""
     digest = xxhash.xxh3_128()
     for path in sorted(Path(checkpoint).rglob("*.safetensors")):
