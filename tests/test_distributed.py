@@ -150,6 +150,14 @@ def test_four_processes_that_share_rows_and_gradients_train_as_one_does_and_othe
 
 
 @pytest.mark.long
+def test_three_processes_share_rows_that_three_do_not_divide(tmp_path):
+    arguments = [*SFT, "model.num_heads=6", "model.num_kv_heads=3", "train.steps=4"]
+    alone(tmp_path, *arguments, "run.dir=alone")
+    msrun(tmp_path, 3, *arguments, "run.dir=three", "run.sequence_parallel=3")
+    assert_same(rows(tmp_path / "three"), rows(tmp_path / "alone"))
+
+
+@pytest.mark.long
 def test_four_processes_that_share_rows_and_vocabulary_distil_and_reinforce_as_one_does(tmp_path):
     whole = [*GRPO, "model.num_kv_heads=2", "run.root=runs"]
     alone(tmp_path, *whole, "run.dir=alone_grpo")
