@@ -673,7 +673,7 @@ class CurateConfig(_Section):
     zip: ZipConfig = field(default_factory=ZipConfig)
     size: int = 0  # samples or tokens, as mix.unit says, of the mixture; 0: what it takes to see every document, or as
     #                many as mix.max_epochs allow
-    samples_per_shard: int = 65536  # of the mixture that are packed together
+    samples_per_shard: int = 65536  # of the mixture that are packed together; fewer where they have 2^24 tokens
     engine: str = "local"  # local: processes of this machine | ray: Ray Data, whose machines share run.root
     num_processes: int = 0  # 0: as many as cores
 

@@ -16,6 +16,7 @@ Imports no MindSpore.
 
 import functools
 import json
+import os
 import pickle
 import shutil
 import time
@@ -50,7 +51,7 @@ from .data.dedup import near_duplicates
 from .data.documents import to_chat, to_example
 from .data.engine import Local, cut
 from .data.mixture import mix_samples
-from .data.packed_shards import write_packed
+from .data.packed_shards import bound_samples, write_packed
 from .data.pool import Pool, TextBytes, escape_halves, json_line, write_pool
 from .data.shards import open_aside, read_shard, write_aside, write_shard
 from .data.sources import Source, list_files, read_sources
@@ -331,10 +332,10 @@ def _tokenize(tokenizer_file, dress, folder, pool, piece):
         tokens.append(sample[0])
         is_target.append(sample[1])
     lengths = np.array([one.size for one in tokens], np.int64)
-    for name, values in (("tokens", np.concatenate(tokens)), ("targets", np.concatenate(is_target)),
-                         ("lengths", lengths)):  # lengths last: where they are, the others are
-        with open_aside(Path(folder, f"{index:06d}.{name}.npy")) as file:
-            np.save(file, values)
+    for name, values in (("tokens", tokens), ("targets", is_target)):
+        write_aside(Path(folder, f"{index:06d}.{name}"), np.concatenate(values).tobytes())
+    with open_aside(path) as file:  # last: where it is, the others are
+        np.save(file, lengths)
     return lengths
 
 
@@ -357,14 +358,16 @@ class MixedTokens:
         return [self._sample(m) for m in range(first, end)]
 
     def _sample(self, m):
-        tokens, is_target = _mapped(str(self._folder), int(self._pieces_M[m]))
-        span = slice(int(self._begins_M[m]), int(self._begins_M[m] + self._lengths_M[m]))
-        return Tokenized(np.array(tokens[span]), np.array(is_target[span]))
+        tokens, targets = _opened(str(self._folder), int(self._pieces_M[m]))
+        begin, length = int(self._begins_M[m]), int(self._lengths_M[m])
+        return Tokenized(np.frombuffer(os.pread(tokens.fileno(), 4 * length, 4 * begin), np.int32),
+                         np.frombuffer(os.pread(targets.fileno(), length, begin), bool))
 
 
 @functools.lru_cache(maxsize=256)
-def _mapped(folder, index):
-    return [np.load(Path(folder, f"{index:06d}.{name}.npy"), mmap_mode="r") for name in ("tokens", "targets")]
+def _opened(folder, index):
+    # Not mapped: pages that were looked at would count as this process's memory.
+    return [open(Path(folder, f"{index:06d}.{name}"), "rb", buffering=0) for name in ("tokens", "targets")]  # noqa: SIM115
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -686,14 +689,15 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
         Finding(number, "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers).tolist()))
     samples = MixedTokens(scratch, lengths_D, places[mixture.order_M],
                           np.cumsum([0, *(piece.size for piece in pieces)])[:-1])
-    num_shards = -(-mixture.order_M.size // config.samples_per_shard)
+    samples_per_shard = bound_samples(config.samples_per_shard, lengths_D[places[mixture.order_M]].mean())
+    num_shards = -(-mixture.order_M.size // samples_per_shard)
     folder.mkdir(exist_ok=True)
     _write_documents(folder / "heldout.jsonl", Documents(pool, np.array(aside, np.int64)), data.dress)
     if not (folder / "tokenizer.model").exists():
         write_aside(folder / "tokenizer.model", Path(tokenizer.model_file).read_bytes())
     with Reporter("pack", num_shards) as reporter:
         packed = write_packed(folder, mixture.order_M.size, samples, seq_len=data.seq_len, pad_id=tokenizer.pad_id,
-                              samples_per_shard=config.samples_per_shard, on_long="split" if is_text else "drop",
+                              samples_per_shard=samples_per_shard, on_long="split" if is_text else "drop",
                               binding={"tokenizer": tokenizer.digest, "template": template_digest(),
                                        "made_from": flow.key}, num_processes=_num_processes(recipe),
                               workers=engine.workers, on_progress=lambda done, _: reporter.advance(done))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -205,12 +206,19 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(sources, curated, tmp_
     assert_same(tmp_path / "run", curated)
 
 
+@pytest.mark.skipif(not find_spec("ray"), reason="pip install 'mindpangu[ray]'")
 def test_ray_leaves_the_same_bytes(sources, curated, tmp_path):
-    pytest.importorskip("ray", reason="pip install 'mindpangu[ray]'")
     line = command(*arguments(sources[0], "runs", "curate.num_processes=2", "run.dir=run", "curate.engine=ray"))
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", curated)
+
+
+@pytest.mark.skipif(not find_spec("ray"), reason="pip install 'mindpangu[ray]'")
+def test_a_training_can_follow_a_curation_by_ray():
+    program = "from mindpangu.data.ray_engine import RayEngine; RayEngine(1); import mindspore.mindrecord"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_changed_threshold_repeats_only_what_comes_after_it(sources, curated, capsys):

@@ -19,7 +19,7 @@ import xxhash
 
 from mindpangu.data.chat import template_digest
 from mindpangu.data.megatron import read_megatron, write_megatron
-from mindpangu.data.packed_shards import PackedShards, ShardBatches, write_packed
+from mindpangu.data.packed_shards import PackedShards, ShardBatches, bound_samples, write_packed
 from mindpangu.data.pool import json_line
 from mindpangu.data.row_files import write_mindrecord, write_parquet
 from mindpangu.data.shards import open_aside
@@ -71,7 +71,8 @@ def import_megatron(prefix, folder, tokenizer_file, seq_len, num_heldout, sample
             file.write(json_line({"text": tokenizer.decode(tokens)}))
     index = xxhash.xxh3_128_hexdigest(Path(f"{prefix}.idx").read_bytes())
     write_packed(folder, num_train, tokenize, seq_len=seq_len, pad_id=tokenizer.pad_id, on_long="split",
-                 samples_per_shard=samples_per_shard, binding={
+                 samples_per_shard=bound_samples(samples_per_shard, indexed.tokens.size / indexed.num_documents),
+                 binding={
                      "tokenizer": tokenizer.digest, "template": template_digest(), "made_from": f"megatron {index}"})
 
 

@@ -48,8 +48,10 @@ def tokenized_to_samples(tokenized, extras=None):
     """Joins a list of (tokens_T, is_target_T) pairs; extras: name -> [num_targets, ...] over the whole list."""
     lengths = np.array([len(tokens_T) for tokens_T, _ in tokenized], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens_T for tokens_T, _ in tokenized)]).astype(np.int32)
-    is_target = np.concatenate([np.zeros(0, bool), *(is_target_T for _, is_target_T in tokenized)]).astype(bool)
+    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens_T for tokens_T, _ in tokenized)])
+    is_target = np.concatenate([np.zeros(0, bool), *(is_target_T for _, is_target_T in tokenized)])
+    # Of millions of tokens a copy weighs.
+    tokens, is_target = tokens.astype(np.int32, copy=False), is_target.astype(bool, copy=False)
     return Samples(tokens, offsets, is_target, dict(extras or {}))
 
 

@@ -37,6 +37,8 @@ from mindpangu.data.pack import pack_best_fit
 from mindpangu.data.parallel import map_pieces, worker_processes
 from mindpangu.data.shards import ShardFolder, write_shard
 
+SHARD_TOKENS = 1 << 24  # more or less, of the largest that are made
+
 
 class ShardCounts(NamedTuple):
     """What a shard holds. max_documents and max_targets: of a row; padding at a row's end is a document too."""
@@ -48,6 +50,11 @@ class ShardCounts(NamedTuple):
     dropped: int
     max_documents: int
     max_targets: int
+
+
+def bound_samples(samples_per_shard, mean_tokens):
+    """samples_per_shard, or fewer: what has SHARD_TOKENS tokens, for a process holds a shard some four times."""
+    return min(samples_per_shard, max(1, int(SHARD_TOKENS / max(1, mean_tokens))))
 
 
 def write_packed(folder, num_samples, tokenize, *, seq_len, pad_id, samples_per_shard, binding, on_long="drop",

@@ -22,6 +22,8 @@ class RayEngine:
     workers = None  # of this machine
 
     def __init__(self, num_cpus):
+        # Or MindSpore, which a training imports after its curation, finds an implementation that refuses its files.
+        os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
         try:
             import ray
             import ray.data
