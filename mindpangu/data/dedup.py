@@ -201,21 +201,25 @@ def link_runs(components_D, members, starts):
 
 
 class _Sets(NamedTuple):
-    """Sets of shingles of K documents: sorted keys k * num_ids + id, those of document k from starts_K1[k] on."""
+    """Sets of shingles of K documents: sorted keys uint64, a document's number above so many bits of a shingle's hash;
+    those of document k from starts_K1[k] on. With 2^20 documents 44 bits are left: two shingles share them for 1 in
+    2^44 pairs."""
 
     keys: np.ndarray
     starts_K1: np.ndarray
-    num_ids: int
+    num_bits: np.uint64
     signatures_KP: np.ndarray  # uint32, their MinHash values
 
 
 def _sets(shingles, documents_K, signatures_PD):
+    num_bits = np.uint64(64 - max(1, (documents_K.size - 1).bit_length()))
     counts_K = (shingles.starts_D1[1:] - shingles.starts_D1[:-1])[documents_K]
-    hashes = shingles.hashes_S[ranges(shingles.starts_D1[documents_K], counts_K)]
-    distinct, ids = np.unique(hashes, return_inverse=True)
-    num_ids = max(1, distinct.size)
-    keys = np.unique(np.repeat(np.arange(documents_K.size) * num_ids, counts_K) + ids)
-    return _Sets(keys, np.searchsorted(keys, np.arange(documents_K.size + 1) * num_ids), num_ids,
+    numbers_K = np.arange(documents_K.size, dtype=np.uint64) << num_bits
+    keys = np.repeat(numbers_K, counts_K)
+    keys |= shingles.hashes_S[ranges(shingles.starts_D1[documents_K], counts_K)] >> (np.uint64(64) - num_bits)
+    keys.sort()
+    keys = keys[np.append(True, keys[1:] != keys[:-1])[: keys.size]]
+    return _Sets(keys, np.append(np.searchsorted(keys, numbers_K), keys.size), num_bits,
                  np.ascontiguousarray(signatures_PD[:, documents_K].T))
 
 
@@ -268,7 +272,8 @@ def _jaccard(sets, left_Q, right_Q):
             continue
         left, right = left_Q[chunk], right_Q[chunk]
         sizes = sizes_K[left]
-        lookups = sets.keys[ranges(sets.starts_K1[left], sizes)] + np.repeat((right - left) * sets.num_ids, sizes)
+        lookups = sets.keys[ranges(sets.starts_K1[left], sizes)]
+        lookups += np.repeat((right - left).astype(np.uint64) << sets.num_bits, sizes)  # modulo 2^64
         places = np.searchsorted(sets.keys, lookups)
         found = sets.keys[np.minimum(places, sets.keys.size - 1)] == lookups
         shared = np.add.reduceat(found, np.cumsum(sizes) - sizes, dtype=np.int64)
@@ -299,7 +304,7 @@ def _pairs(compare, members, starts, sizes):
 def _similarities(sets, members_M):
     """Yields (first row, Jaccard similarities of some rows with all columns) of the matrix of all pairs of members."""
     sizes_M = np.diff(sets.starts_K1)[members_M]
-    ids = sets.keys[ranges(sets.starts_K1[members_M], sizes_M)] % sets.num_ids
+    ids = sets.keys[ranges(sets.starts_K1[members_M], sizes_M)] & ((np.uint64(1) << sets.num_bits) - np.uint64(1))
     _, ids, counts = np.unique(ids, return_inverse=True, return_counts=True)
     column_of_id = np.cumsum(counts > 1) - 1
     shared = counts[ids] > 1  # what one member alone has is in no intersection
