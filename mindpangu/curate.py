@@ -67,6 +67,7 @@ _NO_PART_IN_LABELS = ("api_key_env", "timeout_s", "max_retries", "num_parallel",
                       "pass_rates")
 _CHUNK, _CHUNK_CHARS = 2048, 1 << 23  # lines that a process handles at a time, and characters of their documents
 _LEAST_FILL = 0.95  # of rows
+_LAYOUT = 2  # of the files in a folder of documents
 _SAVE_EVERY_S = 30.0  # of what a selection has so far
 
 
@@ -98,34 +99,34 @@ def exact_duplicates(documents):
     order = np.lexsort((numbers, keys_N2[:, 1], keys_N2[:, 0]))
     ordered = keys_N2[order]
     begins = np.append(True, (ordered[1:] != ordered[:-1]).any(1))
-    firsts = order[begins][np.cumsum(begins) - 1]
-    for place, first in sorted(zip(order[~begins].tolist(), firsts[~begins].tolist(), strict=True)):
-        yield Finding(int(numbers[place]), "exact_duplicate", 1.0, int(numbers[first]))
+    firsts = order[begins][np.cumsum(begins)[~begins] - 1]
+    repeated = order[~begins]
+    for i in np.argsort(repeated):
+        yield Finding(int(numbers[repeated[i]]), "exact_duplicate", 1.0, int(numbers[firsts[i]]))
 
 
 def unwanted_attributes(documents, config, engine, labels, cache):
     """Documents that the FilterConfig of a CurateConfig drops, by their Attributes in the file labels.
 
     Where it is missing, it is written: a line {"document", ...} each, by rules and, where config.annotate asks for one,
-    a model whose replies are kept in the folder cache; and beside it, .shard, their quality and difficulty.
+    a model whose replies are kept in the folder cache; and beside it, .bin, their quality and difficulty, float64.
     """
     if labels.exists():
         with open(labels, "rb") as file:
             for findings in engine.map_batches(functools.partial(_judge_lines, config.filter), _chunks(file)):
                 yield from findings
         return
-    pieces, count, values = cut(documents), 0, []
-    with Reporter("annotate", documents.numbers.size) as reporter, open_aside(labels) as file:
+    pieces, count = cut(documents), 0
+    with (Reporter("annotate", documents.numbers.size) as reporter, open_aside(labels) as file,
+          open_aside(labels.with_suffix(".bin")) as values):  # in place before the labels are
         annotations = _annotations(documents.pool, pieces, config, engine, cache, reporter)
         for numbers, (lines, values_D2, findings) in zip(pieces, annotations, strict=True):
             file.write(lines)
-            values.append(values_D2)
+            values.write(values_D2.tobytes())
             yield from findings
             count += numbers.size
             if config.annotate.engine == "rules":
                 reporter.advance(count)
-        write_shard(labels.with_suffix(".shard"), dict(zip(("quality", "difficulty"), np.concatenate(values).T,
-                                                           strict=True)))
 
 
 def _annotations(pool, pieces, config, engine, cache, reporter):
@@ -240,18 +241,16 @@ def zip_selection(documents, strata_N, settings, num_processes, scratch, on_done
         texts = [pool.record(number) for number in numbers]
     selected = select(texts, settings.budget, settings.engine, settings.k1, settings.k2, settings.k3, strata_N,
                       settings.compat, num_processes, state, save, workers)
-    for place in np.setdiff1d(np.arange(numbers.size), selected).tolist():
+    for place in np.setdiff1d(np.arange(numbers.size), selected):
         score = float(state.scores_N[place])
         yield Finding(int(numbers[place]), "not_selected", score if np.isfinite(score) else None)
 
 
 def too_long_or_without_reply(documents, lengths_D, seq_len, is_text):
     """Documents that are no sample to learn from: no reply, or, of conversations, more tokens than a row has."""
-    for number, length in zip(documents.numbers.tolist(), lengths_D.tolist(), strict=True):
-        if length == 0:
-            yield Finding(number, "no_reply")
-        elif length > seq_len and not is_text:
-            yield Finding(number, "too_many_tokens", float(length))
+    for place in np.flatnonzero((lengths_D == 0) | ((lengths_D > seq_len) & (not is_text))):
+        number, length = int(documents.numbers[place]), float(lengths_D[place])
+        yield Finding(number, "too_many_tokens", length) if length else Finding(number, "no_reply")
 
 
 def held_out(documents, count):
@@ -339,27 +338,36 @@ def _tokenize(tokenizer_file, dress, folder, pool, piece):
     return lengths
 
 
-class MixedTokens:
-    """Tokenized samples in the mixture's order, from the files of `_tokenize`: (first, end) -> list of Tokenized.
+_SAMPLE = np.dtype([("piece", np.int32), ("length", np.int32), ("begin", np.int64)])
 
-    places_M: of each sample, its document's place among those that were tokenized.
-    """
 
-    def __init__(self, folder, lengths_D, places_M, piece_starts):
-        self._folder, self._places_M, self._piece_starts = folder, places_M, piece_starts
-        ends_D = np.cumsum(lengths_D)
-        pieces_M = np.searchsorted(piece_starts, places_M, "right") - 1
-        self._pieces_M = pieces_M.astype(np.int32)
-        begins_D = ends_D - lengths_D
-        self._begins_M = begins_D[places_M] - begins_D[piece_starts[pieces_M]]
-        self._lengths_M = lengths_D[places_M]
+def write_order(path, lengths_D, places_M, piece_starts):
+    """Writes the order of a mixture, for MixedTokens: of each sample, the piece of documents that it was tokenized
+    with, and its tokens there. places_M: of each sample, its document's place among those that were tokenized."""
+    begins_D = np.cumsum(lengths_D) - lengths_D
+    with open_aside(path) as file:
+        for first in range(0, places_M.size, _CHUNK):
+            places = places_M[first : first + _CHUNK]
+            samples = np.empty(places.size, _SAMPLE)
+            samples["piece"] = np.searchsorted(piece_starts, places, "right") - 1
+            samples["length"] = lengths_D[places]
+            samples["begin"] = begins_D[places] - begins_D[piece_starts[samples["piece"]]]
+            file.write(samples.tobytes())
+
+
+class MixedTokens(NamedTuple):
+    """Tokenized samples in a mixture's order: (first, end) -> list of Tokenized. order: a file of `write_order`.
+    folder: the files of `_tokenize`."""
+
+    order: str
+    folder: str
 
     def __call__(self, first, end):
-        return [self._sample(m) for m in range(first, end)]
+        samples = np.fromfile(self.order, _SAMPLE, end - first, offset=first * _SAMPLE.itemsize)
+        return [self._sample(*sample) for sample in samples.tolist()]
 
-    def _sample(self, m):
-        tokens, targets = _opened(str(self._folder), int(self._pieces_M[m]))
-        begin, length = int(self._begins_M[m]), int(self._lengths_M[m])
+    def _sample(self, piece, length, begin):
+        tokens, targets = _opened(self.folder, piece)
         return Tokenized(np.frombuffer(os.pread(tokens.fileno(), 4 * length, 4 * begin), np.int32),
                          np.frombuffer(os.pread(targets.fileno(), length, begin), bool))
 
@@ -469,7 +477,7 @@ def _curate(recipe, run_dir, may_build, engine):
     tokenizer = built_tokenizer(recipe)
     sources, items, items_digest = _inputs(recipe, root)
     files = digest_files([path for source in sources for path in list_files(source)])
-    pool_key = make_key("documents", [config.on_error, [source._asdict() for source in sources]], files)
+    pool_key = make_key("documents", [_LAYOUT, config.on_error, [source._asdict() for source in sources]], files)
     chosen = as_dict(config)
     for name in ("sources", "engine", "num_processes"):
         del chosen[name]
@@ -545,8 +553,8 @@ def _run_stages(flow, documents, recipe, index, items_digest, engine):
         annotated = documents.numbers
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
                              unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations"))
-        values = read_shard(labels.with_suffix(".shard"))
-        quality_N[annotated], difficulty_N[annotated] = values["quality"], values["difficulty"]
+        quality_N[annotated], difficulty_N[annotated] = np.memmap(labels.with_suffix(".bin"), np.float64,
+                                                                  "r").reshape(-1, 2).T
     if index:
         path = index()
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
@@ -686,21 +694,23 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
     settings = [as_dict(recipe.mix), size, recipe.seed]
     drawn = Documents(pool, documents.numbers[np.unique(mixture.order_M)])
     mixed = flow.run("mix", documents, settings, lambda documents, scratch, on_done: (
-        Finding(number, "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers).tolist()))
-    samples = MixedTokens(scratch, lengths_D, places[mixture.order_M],
-                          np.cumsum([0, *(piece.size for piece in pieces)])[:-1])
-    samples_per_shard = bound_samples(config.samples_per_shard, lengths_D[places[mixture.order_M]].mean())
-    num_shards = -(-mixture.order_M.size // samples_per_shard)
+        Finding(int(number), "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers)))
+    order, places_M = flow.work / f"order-{flow.key}.bin", places[mixture.order_M]
+    write_order(order, lengths_D, places_M, np.cumsum([0, *(piece.size for piece in pieces)])[:-1])
+    samples_per_shard = bound_samples(config.samples_per_shard, lengths_D[places_M].mean())
+    num_shards = -(-places_M.size // samples_per_shard)
     folder.mkdir(exist_ok=True)
     _write_documents(folder / "heldout.jsonl", Documents(pool, np.array(aside, np.int64)), data.dress)
     if not (folder / "tokenizer.model").exists():
         write_aside(folder / "tokenizer.model", Path(tokenizer.model_file).read_bytes())
     with Reporter("pack", num_shards) as reporter:
-        packed = write_packed(folder, mixture.order_M.size, samples, seq_len=data.seq_len, pad_id=tokenizer.pad_id,
+        packed = write_packed(folder, places_M.size, MixedTokens(str(order), str(scratch)), seq_len=data.seq_len,
+                              pad_id=tokenizer.pad_id,
                               samples_per_shard=samples_per_shard, on_long="split" if is_text else "drop",
                               binding={"tokenizer": tokenizer.digest, "template": template_digest(),
                                        "made_from": flow.key}, num_processes=_num_processes(recipe),
                               workers=engine.workers, on_progress=lambda done, _: reporter.advance(done))
+    order.unlink()
     counts = {name: sum(getattr(shard, name) for shard in packed.counts)
               for name in ("rows", "samples", "tokens", "targets")}
     totals = counts | {"seq_len": data.seq_len, "fill": counts["tokens"] / (counts["rows"] * data.seq_len)}
@@ -729,9 +739,9 @@ def _strata(documents):
 def _write_documents(path, documents, dress, labels=None):
     """The documents as conversations, or as plain documents. labels: a file with the attributes of these and others."""
     pool = documents.pool
-    known = read_attributes(labels, documents.numbers.tolist()) if labels else None
+    known = read_attributes(labels, documents.numbers) if labels else None
     with open_aside(path) as file:
-        for number in documents.numbers.tolist():
+        for number in documents.numbers:
             document = pool.document(number)
             if dress == "text":
                 line = {"text": document.text}

@@ -16,6 +16,7 @@ _LONG_RUN = 32  # members of a run
 _DENSE_RESULTS, _DENSE_OPERANDS = 1 << 22, 1 << 24
 _CHUNK_LOOKUPS, _CHUNK_PAIRS = 1 << 20, 1 << 12
 _LOW_BITS = np.uint64(32)
+_MAX_COUNTED_BITS = 23  # 64 MiB of counts
 
 
 class Shingles(NamedTuple):
@@ -183,8 +184,8 @@ def band_keys(signatures_PD, band_size):
 
 def equal_keys(keys_D):
     """(members, starts) as `shared_bands` yields, of the documents whose key another one has."""
-    # Counting the upper bits finds nearly all that are alone at a tenth of what sorting all keys takes.
-    num_bits = max(8, (16 * keys_D.size).bit_length())
+    # Counting the upper bits finds most that are alone at a tenth of what sorting all keys takes.
+    num_bits = min(max(8, (16 * keys_D.size).bit_length()), _MAX_COUNTED_BITS)
     slots = (keys_D >> np.uint64(64 - num_bits)).astype(np.int64)
     crowded = np.flatnonzero(np.bincount(slots, minlength=1 << num_bits)[slots] > 1)
     crowded = crowded[np.argsort(keys_D[crowded], kind="stable")]

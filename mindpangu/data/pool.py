@@ -1,12 +1,13 @@
 """The pool: the documents of all sources on disk, read by number, so that the memory holds numbers only.
 
     texts.bin, records.bin    one after the other, UTF-8; a record is a JSON object
-    columns.shard             where they end, and of each its source, file, line, language and content key
+    text_ends.bin, ...        columns: where they end, and of each its source, file, line, language and content key
     malformed.jsonl           what could not be read: source, file, line, reason
     pool.json                 sources, files and languages by number; written last
 """
 
 # N documents
+import contextlib
 import functools
 import json
 import os
@@ -16,9 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .dedup import content_key
-from .shards import open_aside, read_shard, write_aside, write_shard
+from .shards import open_aside, write_aside
 from .sources import Document, Malformed, read_unread, to_document
 
+_COLUMNS = {"text_ends": np.int64, "record_ends": np.int64, "char_counts": np.uint32, "keys": np.uint64,
+            "sources": np.uint16, "files": np.uint32, "lines": np.uint32, "languages": np.uint16}
+_CUT_OFF = "is cut off: delete the folder and run the command again."
 _BATCH_RECORDS, _BATCH_BYTES = 2048, 1 << 22  # that a process reads at a time, at most; a longer record is one
 
 
@@ -31,10 +35,15 @@ def write_pool(folder, sources, skip_malformed=False, on_progress=None, map_batc
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    chunks, files, languages, num_malformed, count = [], {}, {}, 0, 0
+    files, languages, num_malformed, count = {}, {}, 0, 0
     place = {source.name: number for number, source in enumerate(sources)}
-    with (open_aside(folder / "malformed.jsonl") as malformed, open_aside(folder / "texts.bin") as texts,
-          open_aside(folder / "records.bin") as records):
+    ends = {"text_ends": 0, "record_ends": 0}
+    with contextlib.ExitStack() as stack:
+        malformed, texts, records = (stack.enter_context(open_aside(folder / name))
+                                     for name in ("malformed.jsonl", "texts.bin", "records.bin"))
+        columns = {name: stack.enter_context(open_aside(_column(folder, name))) for name in _COLUMNS}
+        for name in ends:
+            columns[name].write(np.zeros(1, np.int64).tobytes())
         for batch in map_batches(_read_batch, _batches(read_unread(sources))):
             for what in batch.malformed:
                 if not skip_malformed:
@@ -43,26 +52,31 @@ def write_pool(folder, sources, skip_malformed=False, on_progress=None, map_batc
                 malformed.write(json_line(what._asdict()))
             texts.write(batch.texts)
             records.write(batch.records)
-            columns = batch.columns | {
-                "sources": np.array([place[name] for name in batch.names["sources"]], np.uint16),
-                "files": np.array([files.setdefault(f, len(files)) for f in batch.names["files"]], np.uint32),
-                "languages": np.array([languages.setdefault(x, len(languages)) for x in batch.names["languages"]],
-                                      np.uint16)}
-            chunks.append(columns)
-            count += columns["sources"].size
+            numbered = {"sources": [place[name] for name in batch.names["sources"]],
+                        "files": [files.setdefault(file, len(files)) for file in batch.names["files"]],
+                        "languages": [languages.setdefault(x, len(languages)) for x in batch.names["languages"]]}
+            for name, values in (batch.columns | numbered).items():
+                values = np.asarray(values, _COLUMNS[name])
+                if name in ends:
+                    values = ends[name] + np.cumsum(values)
+                    ends[name] += sum(batch.columns[name])
+                columns[name].write(values.tobytes())
+            count += len(batch.names["sources"])
             if on_progress:
                 on_progress(count)
     if not count:
         raise ValueError(f"no document is left of {num_malformed} malformed ones, see {folder / 'malformed.jsonl'}: "
                          "check curate.sources, and the fields of each source.")
-    write_shard(folder / "columns.shard", {name: np.concatenate([chunk[name] for chunk in chunks])
-                                           for name in chunks[0]})
     described = [{"name": source.name, "category": source.category, "licence": source.licence,
                   "fields": list(source.fields)} for source in sources]
     write_aside(folder / "pool.json", json.dumps(
         {"num_documents": count, "num_malformed": num_malformed, "sources": described, "files": list(files),
          "languages": list(languages)}, ensure_ascii=False, indent=1).encode())
     return Pool(folder)
+
+
+def _column(folder, name):
+    return folder / f"{name}.bin"
 
 
 class _Batch(NamedTuple):
@@ -95,11 +109,10 @@ def _read_batch(batch):
     records = [unread.json or json.dumps(document.record, ensure_ascii=False).encode("utf-8", "surrogatepass")
                for unread, document in zip(batch, found, strict=True) if isinstance(document, Document)]
     keys = b"".join(content_key(document.text) for document in documents)
-    columns = {"text_bytes": np.array([len(text) for text in texts], np.int64),
-               "record_bytes": np.array([len(record) for record in records], np.int64),
-               "char_counts": np.array([len(document.text) for document in documents], np.uint32),
-               "lines": np.array([document.line for document in documents], np.uint32),
-               "keys": np.frombuffer(keys, np.uint64).reshape(-1, 2)}
+    # The ends are lengths here, and become sums.
+    columns = {"text_ends": [len(text) for text in texts], "record_ends": [len(record) for record in records],
+               "char_counts": [len(document.text) for document in documents],
+               "lines": [document.line for document in documents], "keys": np.frombuffer(keys, np.uint64)}
     names = {"sources": [document.source for document in documents], "files": [one.file for one in documents],
              "languages": [document.language for document in documents]}
     return _Batch(b"".join(texts), b"".join(records), columns, names,
@@ -110,7 +123,8 @@ class Pool:
     """Documents on disk, numbered from 0 in the order in which they were read. Pickles as its folder.
 
     num_malformed; columns: char_counts_N, sources_N, languages_N (numbers of `sources` and `languages`), keys_N2 (the
-    two halves of `dedup.content_key`). Holds some 60 bytes a document. Raises ValueError for a folder without a pool.
+    two halves of `dedup.content_key`). They are mapped, 52 bytes a document that processes share. Raises ValueError for
+    a folder without a pool.
     """
 
     def __init__(self, folder):
@@ -121,12 +135,20 @@ class Pool:
             raise ValueError(f"{folder}: no pool of documents ({error.strerror}): curate its sources first.") from None
         self.sources, self.files, self.languages = about["sources"], about["files"], about["languages"]
         self.num_malformed, self._count = about["num_malformed"], about["num_documents"]
-        arrays = read_shard(self.folder / "columns.shard")
-        self.char_counts_N, self.sources_N, self.languages_N = (
-            arrays[name] for name in ("char_counts", "sources", "languages"))
-        self.keys_N2, self._files_N, self._lines_N = arrays["keys"], arrays["files"], arrays["lines"]
-        self._text_ends, self._record_ends = (np.append(0, np.cumsum(arrays[name], dtype=np.int64))
-                                              for name in ("text_bytes", "record_bytes"))
+        self.char_counts_N, self.sources_N, self.languages_N, self._files_N, self._lines_N = (
+            self._mapped(name, self._count) for name in ("char_counts", "sources", "languages", "files", "lines"))
+        self.keys_N2 = self._mapped("keys", 2 * self._count).reshape(-1, 2)
+        self._text_ends, self._record_ends = (self._mapped(f"{what}_ends", self._count + 1)
+                                              for what in ("text", "record"))
+
+    def _mapped(self, name, size):
+        try:
+            values = np.memmap(_column(self.folder, name), _COLUMNS[name], "r").view(np.ndarray)
+        except (OSError, ValueError):  # it is missing, or empty
+            values = np.zeros(0)
+        if values.size != size:
+            raise ValueError(f"{_column(self.folder, name)} {_CUT_OFF}")
+        return values
 
     def __reduce__(self):
         return open_pool, (str(self.folder.resolve()),)
@@ -192,7 +214,7 @@ class Pool:
         # Not mapped: pages that were looked at would count as this process's memory.
         data = os.pread(self._descriptor(name), end - begin, begin)
         if len(data) != end - begin:
-            raise ValueError(f"{self.folder / name} is cut off: delete the folder and run the command again.")
+            raise ValueError(f"{self.folder / name} {_CUT_OFF}")
         return data
 
     def _descriptor(self, name):

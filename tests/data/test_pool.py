@@ -67,11 +67,15 @@ def test_nothing_but_malformed_lines_is_an_error(tmp_path):
     assert json.loads((tmp_path / "pool" / "malformed.jsonl").read_text(encoding="utf-8"))["line"] == 1
 
 
-def test_texts_that_are_cut_off_are_noticed(tmp_path, sources):
+@pytest.mark.parametrize("size", [0, 5, 8])
+def test_what_is_cut_off_is_noticed(tmp_path, sources, size):
     pool = write_pool(tmp_path / "pool", sources, skip_malformed=True)
-    os.truncate(tmp_path / "pool" / "texts.bin", 100)
+    os.truncate(tmp_path / "pool" / "texts.bin", size)
     with pytest.raises(ValueError, match=r"texts\.bin is cut off: delete the folder"):
         pool.text(len(pool) - 1)
+    os.truncate(tmp_path / "pool" / "text_ends.bin", size)
+    with pytest.raises(ValueError, match=r"text_ends\.bin is cut off: delete the folder"):
+        Pool(tmp_path / "pool")
 
 
 def read_in_child(pool, queue):
