@@ -686,7 +686,7 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
     size = config.size or None
     if tokens := _tokens_of_the_run(recipe):
         size = int(tokens if recipe.mix.unit == "tokens" else tokens / lengths_D[places].mean())
-    mixture = mix_samples(recipe.mix, [categories[source] for source in pool.sources_N[documents.numbers]],
+    mixture = mix_samples(recipe.mix, categories, pool.sources_N[documents.numbers],
                           lengths_D[places], difficulty_N[documents.numbers], size, recipe.seed,
                           at_most=not config.size)
     if mixture.missing:

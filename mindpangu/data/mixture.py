@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 WINDOW = 10_000  # samples over which shares are reported
+_WINDOWS = 1 << 16  # that are looked at together
 
 
 class MixtureSource(NamedTuple):
@@ -73,8 +74,10 @@ class Mixture:
         if not any(map(len, drawn)):
             raise ValueError(f"size={size} {unit}: no source has a sample so short: expected a larger size.")
         order_M = np.argsort(np.concatenate(times), kind="stable")
+        del times, counts
         self.source_M = np.repeat(np.arange(len(sources), dtype=np.int32), [len(one) for one in drawn])[order_M]
         self.sample_M = np.concatenate(drawn)[order_M]
+        del drawn, order_M
         self.report = _report(sources, shares, lengths, self.source_M, self.sample_M)
         self._digest = xxhash.xxh3_128_hexdigest(self.source_M.tobytes() + self.sample_M.tobytes())
         self._place = 0
@@ -115,21 +118,22 @@ class OrderedMixture(NamedTuple):
     missing: list
 
 
-def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed, at_most=False):
+def mix_samples(mix, categories, category_N, lengths_N, difficulty_N, size, seed, at_most=False):
     """The OrderedMixture of N samples of many categories, as a MixConfig says.
 
-    categories_N: a name for each. lengths_N: their tokens. difficulty_N: labels, not a number where unknown, which
-    count as the middle. size: samples or tokens, as mix.unit says; None: as Mixture;
-    with at_most, more than mix.max_epochs allow is as many as they do.
+    categories: names, which may repeat. category_N: of each sample, the place of its own among them. lengths_N: their
+    tokens. difficulty_N: labels, not a number where unknown, which count as the middle. size: samples or tokens, as
+    mix.unit says; None: as Mixture; with at_most, more than mix.max_epochs allow is as many as they do.
     Raises ValueError as Mixture, and for weights of categories without a sample and categories without a weight.
     """
-    names = sorted(set(categories_N))
-    place = {name: p for p, name in enumerate(names)}
-    category_N = np.array([place[name] for name in categories_N], np.int64)
-    members = [np.flatnonzero(category_N == p) for p in range(len(names))]
+    places = {}
+    for p in np.flatnonzero(np.bincount(category_N)).tolist():
+        places.setdefault(categories[p], []).append(p)
+    names = sorted(places)
+    members = [np.flatnonzero(np.isin(category_N, places[name])) for name in names]
     group_of = {category: group for group, categories in mix.groups.items() for category in categories}
     groups = {name: group_of.get(name, "other") for name in names}
-    missing = [name for name in mix.weights if name not in place]
+    missing = [name for name in mix.weights if name not in places]
     missing += [f"group {group}" for group in mix.ratio if group not in groups.values()]
     if missing and mix.on_missing == "raise":
         raise ValueError(f"mix has a share of {', '.join(missing)}, of which there is no sample; there are "
@@ -143,11 +147,13 @@ def mix_samples(mix, categories_N, lengths_N, difficulty_N, size, seed, at_most=
         raise ValueError(f"mix.ratio has nothing of group {', '.join(unlisted)}: give it a weight, or put its "
                          "categories into another group in mix.groups.")
     known = np.isfinite(difficulty_N)
-    labels_N = np.where(known, difficulty_N, np.median(difficulty_N[known]) if known.any() else 0.0)
-    sources = [
-        MixtureSource(name, own.size, lengths_N[own], mix.weights.get(name), groups[name], mix.max_epochs,
-                      labels_N[own] if name in mix.curriculum or groups[name] in mix.curriculum else None)
-        for name, own in zip(names, members, strict=True)]
+    unknown = np.median(difficulty_N[known]) if known.any() else 0.0
+    sources = []
+    for name, own in zip(names, members, strict=True):
+        is_ordered = name in mix.curriculum or groups[name] in mix.curriculum
+        labels = np.where(known[own], difficulty_N[own], unknown) if is_ordered else None
+        sources.append(MixtureSource(name, own.size, lengths_N[own], mix.weights.get(name), groups[name],
+                                     mix.max_epochs, labels))
     ratio = {group: weight for group, weight in mix.ratio.items() if group in groups.values()} or None
     if at_most and size is not None:
         lengths = [_lengths(source, mix.unit) for source in sources]
@@ -278,10 +284,22 @@ def _report(sources, shares, lengths, source_M, sample_M):
         counts_M[source_M == i] = lengths_N[sample_M[source_M == i]]
     report = []
     window = min(WINDOW, source_M.size)
-    totals_M1 = np.append(0, np.cumsum(counts_M))
+    totals_M1 = _sums(counts_M)
     for i, (source, wanted, lengths_N) in enumerate(zip(sources, shares, lengths, strict=True)):
-        own_M1 = np.append(0, np.cumsum(np.where(source_M == i, counts_M, 0)))
-        windows = (own_M1[window:] - own_M1[:-window]) / (totals_M1[window:] - totals_M1[:-window])
+        own_M1 = _sums(counts_M, source_M == i)
+        error = 0.0
+        for first in range(0, source_M.size - window + 1, _WINDOWS):
+            end = min(first + _WINDOWS, source_M.size - window + 1)
+            own, totals = (sums_M1[first + window : end + window] - sums_M1[first:end]
+                           for sums_M1 in (own_M1, totals_M1))
+            error = max(error, float(np.abs(own / totals - wanted).max()))
         report.append(MixedSource(source.name, wanted, own_M1[-1] / totals_M1[-1], int((source_M == i).sum()),
-                                  own_M1[-1] / int(lengths_N.sum()), float(np.abs(windows - wanted).max())))
+                                  own_M1[-1] / int(lengths_N.sum()), error))
     return report
+
+
+def _sums(counts_M, is_counted_M=True):
+    """int64 [M + 1]: the sums of the first 0, 1, ... that are counted."""
+    sums_M1 = np.zeros(counts_M.size + 1, np.int64)
+    np.multiply(counts_M, is_counted_M, out=sums_M1[1:])
+    return np.cumsum(sums_M1, out=sums_M1)
