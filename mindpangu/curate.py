@@ -15,6 +15,7 @@ Imports no MindSpore.
 """
 
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -105,7 +106,7 @@ def exact_duplicates(documents):
         yield Finding(int(numbers[repeated[i]]), "exact_duplicate", 1.0, int(numbers[firsts[i]]))
 
 
-def unwanted_attributes(documents, config, engine, labels, cache):
+def unwanted_attributes(documents, config, engine, labels, cache, reporter):
     """Documents that the FilterConfig of a CurateConfig drops, by their Attributes in the file labels.
 
     Where it is missing, it is written: a line {"document", ...} each, by rules and, where config.annotate asks for one,
@@ -117,8 +118,7 @@ def unwanted_attributes(documents, config, engine, labels, cache):
                 yield from findings
         return
     pieces, count = cut(documents), 0
-    with (Reporter("annotate", documents.numbers.size) as reporter, open_aside(labels) as file,
-          open_aside(labels.with_suffix(".bin")) as values):  # in place before the labels are
+    with open_aside(labels) as file, open_aside(labels.with_suffix(".bin")) as values:  # which is in place first
         annotations = _annotations(documents.pool, pieces, config, engine, cache, reporter)
         for numbers, (lines, values_D2, findings) in zip(pieces, annotations, strict=True):
             file.write(lines)
@@ -163,13 +163,12 @@ def _parse_attributes(line):
     return fields.pop("document"), from_json(fields)
 
 
-def read_attributes(path, numbers):
-    """Yields the Attributes, as a JSON object, of the documents with these rising numbers."""
-    with open(path, "rb") as file:
-        for number in numbers:
-            opening = b'{"document": %d,' % number
-            line = next(line for line in file if line.startswith(opening))  # each is read once
-            yield to_json(_parse_attributes(line)[1])
+def read_lines_about(labels, pieces):
+    """Yields, for each of pieces of rising numbers, the lines about its documents in a file of their Attributes."""
+    with open(labels, "rb") as file:
+        for numbers in pieces:
+            openings = [b'{"document": %d,' % number for number in numbers]
+            yield [next(line for line in file if line.startswith(opening)) for opening in openings]  # each read once
 
 
 def write_index(path, items):
@@ -396,13 +395,13 @@ class Flow:
         return self.work / f"{name}-{self.key}"
 
     def run(self, name, documents, settings, find):
-        """The Documents that are left after those of find(documents, scratch, on_done), an iterator of Findings."""
+        """The Documents that are left after those of find(documents, scratch, reporter), an iterator of Findings."""
         scratch = self.scratch(name, settings)
         path = self.work / f"{scratch.name}.jsonl"
         if not path.with_suffix(".json").exists():
             began = time.monotonic()
             with Reporter(name, len(documents.numbers)) as reporter, open_aside(path) as file:
-                tally = _Tally(self._written(find(documents, scratch, reporter.advance), file))
+                tally = _Tally(self._written(find(documents, scratch, reporter), file))
             write_atomic(path.with_suffix(".json"), json.dumps({"seconds": round(time.monotonic() - began, 3)}))
             remove(scratch)
         else:
@@ -504,7 +503,7 @@ def _curate(recipe, run_dir, may_build, engine):
         documents, difficulty_N, labels = _run_stages(flow, Documents(pool, np.arange(len(pool))), recipe, index,
                                                       items_digest, engine)
         documents, rows = _write_rows(flow, documents, recipe, tokenizer, folder / "rows", engine, difficulty_N)
-        _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, labels)
+        _write_documents(folder / "curated.jsonl", documents, recipe.data.dress, engine, labels)
         _write_dropped(folder, flow, pool, engine)
         summary = {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3),
                    "documents": len(pool), "malformed": pool.num_malformed, "stages": flow.stages, **rows}
@@ -545,33 +544,34 @@ def _run_stages(flow, documents, recipe, index, items_digest, engine):
     quality_N, difficulty_N = np.zeros(len(documents.pool)), np.full(len(documents.pool), np.nan)
     if "exact_duplicates" in config.stages:
         documents = flow.run("exact_duplicates", documents, None,
-                             lambda documents, scratch, on_done: exact_duplicates(documents))
+                             lambda documents, scratch, reporter: exact_duplicates(documents))
     labels = None
     if "attributes" in config.stages:
         chosen = {name: value for name, value in as_dict(config.annotate).items() if name not in _NO_PART_IN_LABELS}
         labels = flow.scratch("labels", [chosen, _annotators_digests(config.annotate)]).with_suffix(".jsonl")
         annotated = documents.numbers
-        documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, on_done:
-                             unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations"))
+        documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, reporter:
+                             unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations",
+                             reporter))
         quality_N[annotated], difficulty_N[annotated] = np.memmap(labels.with_suffix(".bin"), np.float64,
                                                                   "r").reshape(-1, 2).T
     if index:
         path = index()
         documents = flow.run("benchmarks", documents, [config.decontaminate.action, items_digest],
-                             lambda documents, scratch, on_done: benchmarks(
-                                 documents, path, config.decontaminate.action, engine, on_done))
+                             lambda documents, scratch, reporter: benchmarks(
+                                 documents, path, config.decontaminate.action, engine, reporter.advance))
         path.unlink()
     if "near_duplicates" in config.stages:
         settings = config.near_duplicates
         documents = flow.run("near_duplicates", documents, as_dict(settings),
-                             lambda documents, scratch, on_done: near_duplicates_of(
+                             lambda documents, scratch, reporter: near_duplicates_of(
                                  documents, quality_N[documents.numbers], settings, engine, scratch,
-                                 on_done))
+                                 reporter.advance))
     if "zip" in config.stages:
         documents = flow.run("zip", documents, as_dict(config.zip),
-                             lambda documents, scratch, on_done: zip_selection(
+                             lambda documents, scratch, reporter: zip_selection(
                                  documents, _strata(documents) if config.zip.strata else None, config.zip,
-                                 num_processes, scratch, on_done, engine.workers))
+                                 num_processes, scratch, reporter.advance, engine.workers))
     return documents, difficulty_N, labels
 
 
@@ -676,9 +676,9 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
             count += found.size
             reporter.advance(count)
     lengths_D = np.concatenate(lengths)
-    documents = flow.run("unusable", documents, data.seq_len, lambda documents, scratch, on_done:
+    documents = flow.run("unusable", documents, data.seq_len, lambda documents, scratch, reporter:
                          too_long_or_without_reply(documents, lengths_D, data.seq_len, is_text))
-    documents = flow.run("heldout", documents, data.num_heldout, lambda documents, scratch, on_done:
+    documents = flow.run("heldout", documents, data.num_heldout, lambda documents, scratch, reporter:
                          held_out(documents, data.num_heldout))
     aside = [finding.document for finding in read_findings(flow.work / flow.stages[-1]["file"])]
     places = np.searchsorted(tokenized.numbers, documents.numbers)
@@ -693,14 +693,14 @@ def _write_rows(flow, documents, recipe, tokenizer, folder, engine, difficulty_N
         say(f"mix.on_missing=renormalise: no sample of {', '.join(mixture.missing)}; the others share what it had")
     settings = [as_dict(recipe.mix), size, recipe.seed]
     drawn = Documents(pool, documents.numbers[np.unique(mixture.order_M)])
-    mixed = flow.run("mix", documents, settings, lambda documents, scratch, on_done: (
+    mixed = flow.run("mix", documents, settings, lambda documents, scratch, reporter: (
         Finding(int(number), "not_drawn") for number in np.setdiff1d(documents.numbers, drawn.numbers)))
     order, places_M = flow.work / f"order-{flow.key}.bin", places[mixture.order_M]
     write_order(order, lengths_D, places_M, np.cumsum([0, *(piece.size for piece in pieces)])[:-1])
     samples_per_shard = bound_samples(config.samples_per_shard, lengths_D[places_M].mean())
     num_shards = -(-places_M.size // samples_per_shard)
     folder.mkdir(exist_ok=True)
-    _write_documents(folder / "heldout.jsonl", Documents(pool, np.array(aside, np.int64)), data.dress)
+    _write_documents(folder / "heldout.jsonl", Documents(pool, np.array(aside, np.int64)), data.dress, engine)
     if not (folder / "tokenizer.model").exists():
         write_aside(folder / "tokenizer.model", Path(tokenizer.model_file).read_bytes())
     with Reporter("pack", num_shards) as reporter:
@@ -736,23 +736,32 @@ def _strata(documents):
     return (languages_D * len(categories) + category_of[pool.sources_N[numbers]]).tolist()
 
 
-def _write_documents(path, documents, dress, labels=None):
+def _write_documents(path, documents, dress, engine, labels=None):
     """The documents as conversations, or as plain documents. labels: a file with the attributes of these and others."""
-    pool = documents.pool
-    known = read_attributes(labels, documents.numbers) if labels else None
-    with open_aside(path) as file:
-        for number in documents.numbers:
-            document = pool.document(number)
-            if dress == "text":
-                line = {"text": document.text}
-            else:
-                example = to_example(document.record, dress, pool.sources[pool.sources_N[number]]["fields"])
-                line = to_chat(example)
-            about = {"source": document.source, "language": document.language, "category": document.category,
-                     "licence": document.licence}
-            if known:
-                about["attributes"] = next(known)
-            file.write(json_line(line | {name: value for name, value in about.items() if value is not None}))
+    pieces, count = cut(documents), 0
+    known = read_lines_about(labels, pieces) if labels else itertools.repeat(None)
+    with Reporter("write", documents.numbers.size) as reporter, open_aside(path) as file:
+        written = engine.map_batches(functools.partial(_dressed, documents.pool, dress),
+                                     zip(pieces, known, strict=False))
+        for numbers, lines in zip(pieces, written, strict=True):
+            file.write(lines)
+            count += numbers.size
+            reporter.advance(count)
+
+
+def _dressed(pool, dress, piece):
+    """The lines of documents. piece: their numbers, and the lines of their attributes or None."""
+    numbers, known = piece
+    fields, lines = {source["name"]: source["fields"] for source in pool.sources}, []
+    for document, about in zip(pool.documents(numbers), known or itertools.repeat(None), strict=False):
+        if dress == "text":
+            line = {"text": document.text}
+        else:
+            line = to_chat(to_example(document.record, dress, fields[document.source]))
+        origin = {"source": document.source, "language": document.language, "category": document.category,
+                  "licence": document.licence, "attributes": about and to_json(_parse_attributes(about)[1])}
+        lines.append(json_line(line | {name: value for name, value in origin.items() if value is not None}))
+    return b"".join(lines)
 
 
 def _write_dropped(folder, flow, pool, engine):

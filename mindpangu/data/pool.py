@@ -123,7 +123,7 @@ class Pool:
     """Documents on disk, numbered from 0 in the order in which they were read. Pickles as its folder.
 
     num_malformed; columns: char_counts_N, sources_N, languages_N (numbers of `sources` and `languages`), keys_N2 (the
-    two halves of `dedup.content_key`). They are mapped, 52 bytes a document that processes share. Raises ValueError for
+    two halves of `dedup.content_key`). They are mapped, 48 bytes a document that processes share. Raises ValueError for
     a folder without a pool.
     """
 
