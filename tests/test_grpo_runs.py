@@ -158,6 +158,7 @@ def test_options_run_and_change_the_loss(copy, options):
         assert ours[1][1:3] != whole[1][1:3]
 
 
+@pytest.mark.long
 def test_rollouts_by_a_server_use_the_weights_of_the_moment(copy, serving):
     """The trainer's log-probabilities, of its weights, are those that the server sampled by, in every rollout and
     within the kept set of top-k and top-p: so its weights are the trainer's."""

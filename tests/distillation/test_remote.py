@@ -112,6 +112,7 @@ def run(folder, module, *overrides, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_run_by_a_server_that_was_lost_goes_on_by_another_and_gives_the_losses_of_the_teacher_in_process(
         smoke, teacher, teacher_url, serving, tmp_path):
     subprocess.run(["cp", "-a", smoke[0] / "runs", tmp_path], check=True)

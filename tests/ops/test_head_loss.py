@@ -567,6 +567,7 @@ np.savez(f"rank{rank}", **outputs)
 """
 
 
+@pytest.mark.long
 def test_two_ranks_that_divide_the_vocabulary_have_the_loss_and_gradients_of_one(tmp_path, kernel):
     if kernel == "native":
         pytest.skip("the parts are composed from primitives either way")

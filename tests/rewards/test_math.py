@@ -112,9 +112,9 @@ HOSTILE = ["#", "#### ", "####\t-", "\\boxed{", "{", "answer is ", "答案：", 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_grading_a_million_hostile_characters_is_quick(score, unit):
     response = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     score("1", response)
-    assert time.perf_counter() - start < 2  # quadratic matching takes minutes
+    assert time.process_time() - start < 10  # quadratic matching takes minutes
 
 
 def read_cases(form):
@@ -349,10 +349,10 @@ def test_the_final_answer_is_found_and_its_marks_are_counted_once(text, answer, 
                                   "####\n", "$", "(1", "}"])
 def test_counting_in_many_hostile_characters_is_quick(unit):
     text = unit * (300_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     count_final_answers(text)
     extract_final_answer("\\boxed{" + text)
-    assert time.perf_counter() - start < 10  # quadratic matching takes minutes
+    assert time.process_time() - start < 10  # quadratic matching takes minutes
 
 
 # ---- Limits ----------------------------------------------------------------------------------------------------------
