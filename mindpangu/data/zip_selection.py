@@ -16,7 +16,7 @@ from .parallel import worker_processes
 ENGINES = ("zlib_exact", "zstd")
 # The level of the zstd engine, and the most of a history that it refers to: 2^27 bytes, its decoder's default limit.
 _LEVEL, _MAX_WINDOW_BITS = 6, 27
-_CONTEXT_BYTES = 1024  # 30 microseconds a candidate; enough literals for tables of their own
+_CONTEXT_BYTES = 256  # literals for tables of their own; more takes longer and picks no better
 _scorer = None  # in a worker process: what it was made from, and its own _Deflate or _Zstandard
 
 
