@@ -53,6 +53,7 @@ from .data.documents import to_chat, to_example
 from .data.engine import Local, cut
 from .data.mixture import mix_samples
 from .data.packed_shards import bound_samples, write_packed
+from .data.parallel import collect_rarely
 from .data.pool import Pool, TextBytes, escape_halves, json_line, write_pool
 from .data.shards import open_aside, read_shard, write_aside, write_shard
 from .data.sources import Source, list_files, read_sources
@@ -459,6 +460,7 @@ def run(recipe, overrides):
     require_alone("python -m mindpangu.curate")
     if recipe.task in ("evaluate", "export"):
         raise ValueError(f"recipe={recipe.recipe} takes no data: expected curate, or the recipe of a training stage.")
+    collect_rarely()
     curate(recipe, recipe.run.dir)
 
 

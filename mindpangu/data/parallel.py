@@ -34,9 +34,14 @@ def worker_processes(num_processes, start=None, arguments=()):
 
 def _begin(start, arguments):
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.set_threshold(100_000, 50, 50)  # pieces of work make many objects and no cycles
+    collect_rarely()
     if start:
         start(*arguments)
+
+
+def collect_rarely():
+    """Lets Python's collector look for cycles less often: pieces of work make many objects and no cycles."""
+    gc.set_threshold(100_000, 50, 50)
 
 
 def _nothing():
