@@ -554,7 +554,7 @@ def _run_stages(flow, documents, recipe, index, items_digest, engine):
         annotated = documents.numbers
         documents = flow.run("attributes", documents, as_dict(config.filter), lambda documents, scratch, reporter:
                              unwanted_attributes(documents, config, engine, labels, flow.work.parent / "annotations",
-                             reporter))
+                                                 reporter))
         quality_N[annotated], difficulty_N[annotated] = np.memmap(labels.with_suffix(".bin"), np.float64,
                                                                   "r").reshape(-1, 2).T
     if index:

@@ -236,3 +236,22 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'mindpangu[ray]'")):
         curate.make_engine("ray", 2)
+
+
+def test_samples_of_a_mixture_are_read_from_the_pieces_that_they_were_tokenized_in(tmp_path):
+    rng = np.random.default_rng(0)
+    lengths_D, piece_starts = rng.integers(1, 6, 3000), np.array([0, 700, 2900])
+    tokens = [np.arange(length, dtype=np.int32) + 10 * document for document, length in enumerate(lengths_D)]
+    targets = [rng.random(length) < 0.5 for length in lengths_D]
+    for piece, (first, end) in enumerate(zip(piece_starts, [*piece_starts[1:], 3000], strict=True)):
+        (tmp_path / f"{piece:06d}.tokens").write_bytes(np.concatenate(tokens[first:end]).tobytes())
+        (tmp_path / f"{piece:06d}.targets").write_bytes(np.concatenate(targets[first:end]).tobytes())
+    places_M = rng.integers(0, 3000, 5000)
+    curate.write_order(tmp_path / "order.bin", lengths_D, places_M, piece_starts)
+    samples = curate.MixedTokens(str(tmp_path / "order.bin"), str(tmp_path))
+    for first, end in ((0, 5000), (2047, 2050), (4999, 5000)):
+        found = samples(first, end)
+        assert len(found) == end - first
+        for (found_tokens, found_targets), document in zip(found, places_M[first:end], strict=True):
+            assert found_tokens.tolist() == tokens[document].tolist()
+            assert found_targets.tolist() == targets[document].tolist()

@@ -204,3 +204,16 @@ def test_equal_texts_are_those_that_differ_in_case_spaces_and_compatibility_form
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         near_duplicates(["a", "b"], **arguments)
+
+
+@pytest.mark.parametrize("num_bits", [1, 8, 23])
+def test_documents_that_share_a_key_are_found_however_little_is_counted(monkeypatch, num_bits):
+    monkeypatch.setattr(dedup, "_MAX_COUNTED_BITS", num_bits)
+    rng = np.random.default_rng(0)
+    keys_D = rng.integers(0, 2**64, 2000, np.uint64)[rng.integers(0, 2000, 3000)]
+    members, starts = dedup.equal_keys(keys_D)
+    documents_of = collections.defaultdict(list)
+    for document, key in enumerate(keys_D.tolist()):
+        documents_of[key].append(document)
+    shared = sorted(documents for documents in documents_of.values() if len(documents) > 1)
+    assert sorted(run.tolist() for run in np.split(members, starts[1:])) == shared

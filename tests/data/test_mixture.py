@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindpangu.config import MixConfig
+from mindpangu.data import mixture as mixture_module
 from mindpangu.data.mixture import Mixture, MixtureSource, mix_samples
 
 # Table 2 of the openPangu Embedded-1B report: general, reasoning and annealing phase.
@@ -255,3 +256,13 @@ def test_missing_categories_are_errors_or_listed():
     alone = mixed(ratio={"a": 3, "other": 1}, groups={"a": LABELS[:1] + LABELS[60:61] + LABELS[-1:]},
                   on_missing="renormalise")
     assert alone.missing == ["group other"] and len(alone.order_M) == 400
+
+
+def test_the_report_does_not_depend_on_how_many_windows_are_looked_at_together(monkeypatch):
+    rng = np.random.default_rng(0)
+    sources = [MixtureSource(name, 20_000, rng.integers(1, 1000, 20_000), weight)
+               for name, weight in (("maths", 3.0), ("chat", 1.0))]
+    whole = Mixture(sources, unit="tokens").report
+    monkeypatch.setattr(mixture_module, "_WINDOWS", 777)
+    assert Mixture(sources, unit="tokens").report == whole
+    assert all(part.window_error > 0 for part in whole)
